@@ -1,0 +1,78 @@
+//! Mistakes that only show when all ports are seen together: two that want the same socket, device, file or address.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use vswitch::spec::{Attachment, PortSpec, TapSpec};
+
+use super::problem::Problems;
+use super::switch::SwitchConfig;
+
+/// A thing of the host that one port can have.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    Socket(String),
+    Device(String),
+    Descriptor(i32),
+    Output(String),
+}
+
+impl std::fmt::Display for Claim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Socket(path) => write!(f, "socket {path}"),
+            Self::Device(name) => write!(f, "device {name}"),
+            Self::Descriptor(fd) => write!(f, "descriptor {fd}"),
+            Self::Output(path) => write!(f, "file {path}"),
+        }
+    }
+}
+
+/// The claims of a port, each with the key that makes it.
+fn claims(port: &PortSpec) -> Vec<(&'static str, Claim)> {
+    let text = |path: &Path| path.display().to_string();
+    match &port.attachment {
+        Attachment::VhostUser { path, .. } => vec![("vhost-user.path", Claim::Socket(text(path)))],
+        Attachment::Tap { tap: TapSpec::Name(name), .. } => vec![("tap.name", Claim::Device(name.clone()))],
+        Attachment::Tap { tap: TapSpec::Fds(fds), .. } => {
+            fds.iter().map(|&fd| ("tap.fds", Claim::Descriptor(fd))).collect()
+        }
+        Attachment::Uplink { device, .. } => vec![("uplink.device", Claim::Device(device.clone()))],
+        Attachment::Pcap { write: Some(path), .. } => vec![("pcap.write", Claim::Output(text(path)))],
+        Attachment::Pcap { write: None, .. } => Vec::new(),
+    }
+}
+
+/// Reports every claim made twice. `line` finds the line of a switch's port.
+pub(super) fn check(
+    switches: &[SwitchConfig],
+    api: &Path,
+    line: impl Fn(&str, &str) -> Option<usize>,
+    problems: &Problems,
+) {
+    let mut claimed = BTreeMap::from([(Claim::Socket(api.display().to_string()), "api.socket".to_owned())]);
+    for SwitchConfig { switch, ports } in switches {
+        let mut addresses = BTreeMap::new();
+        for port in ports {
+            let path = format!("switch.{}.port.{}", switch.name, port.name);
+            for (key, claim) in claims(port) {
+                if let Some(other) = claimed.get(&claim) {
+                    let message = format!("{claim} is taken by {other}, expected another");
+                    problems.add(line(&switch.name, &port.name), format!("{path}.{key}"), message);
+                } else {
+                    claimed.insert(claim, path.clone());
+                }
+            }
+            for address in &port.addresses {
+                let previous = addresses.insert((address.mac, address.vlan), port.name.as_str());
+                if let Some(other) = previous.filter(|other| *other != port.name) {
+                    let message = format!(
+                        "{} in VLAN {} is an address of port {other} already, expected one port",
+                        address.mac, address.vlan
+                    );
+                    problems.add(line(&switch.name, &port.name), format!("{path}.addresses"), message);
+                }
+            }
+        }
+    }
+}

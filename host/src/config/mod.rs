@@ -1,0 +1,258 @@
+//! The configuration file `switchyard.toml`, and the same grammar as JSON for requests to the API.
+//!
+//! A text becomes a tree that knows its lines ([`node`]), which is read key by key ([`field`]); whatever is wrong goes
+//! to one list ([`problem`]), so that an operator sees every mistake at once, each with file, line, key, what was found
+//! and what was expected. [`reference`] describes every key and makes the manual page.
+
+mod attach;
+mod conflicts;
+mod field;
+mod names;
+mod node;
+mod port;
+mod problem;
+pub mod reference;
+mod switch;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use vswitch::fabric::{PortChange, WorkersSpec};
+use vswitch::spec::{PortSpec, SwitchKind};
+
+use attach::{Source, socket_path};
+use field::{Field, Section};
+use node::{Node, Value};
+use problem::Problems;
+
+pub use names::{MAX_DEVICE, MAX_NAME, MAX_SOCKET_PATH, check_device, check_name};
+pub use problem::{ConfigError, Problem};
+pub use switch::{HOST_PORT, SwitchConfig, UPLINK_PORT};
+
+/// Where the daemon listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/switchyard/yardd.sock";
+/// Where the configuration is unless told otherwise.
+pub const DEFAULT_FILE: &str = "/etc/switchyard/switchyard.toml";
+/// Default of `workers.idle`.
+pub const DEFAULT_IDLE: Duration = Duration::from_micros(50);
+/// A longer file is no configuration, in bytes.
+pub const MAX_FILE: u64 = 16 << 20;
+/// Highest processor number that Linux can have.
+const MAX_CPU: i128 = 8191;
+/// Range of `workers.idle` in microseconds.
+const IDLE: std::ops::RangeInclusive<i128> = 0..=1_000_000;
+
+const FILE_KEYS: &[&str] = &["workers", "api", "switch"];
+const WORKERS_KEYS: &[&str] = &["cpus", "idle", "balance"];
+const API_KEYS: &[&str] = &["socket"];
+
+/// A whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The processors that switch.
+    pub workers: WorkersSpec,
+    /// Socket of the API.
+    pub socket: PathBuf,
+    /// Switches in the order of the file.
+    pub switches: Vec<SwitchConfig>,
+}
+
+/// What of the host the configuration is checked against.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Numbers of the processors that are there, ascending.
+    pub cpus: Vec<usize>,
+}
+
+impl Machine {
+    /// This machine, as `/sys/devices/system/cpu/online` describes it.
+    pub fn this() -> Self {
+        let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+        let cpus: Vec<usize> = online
+            .trim()
+            .split(',')
+            .filter_map(|part| {
+                let (first, last) = part.split_once('-').unwrap_or((part, part));
+                Some(first.parse::<usize>().ok()?..=last.parse().ok()?)
+            })
+            .flatten()
+            .collect();
+        if cpus.is_empty() { Self { cpus: vec![0] } } else { Self { cpus } }
+    }
+}
+
+/// Reads the file at `path`.
+///
+/// # Errors
+/// Every mistake in it; or the one reason why it cannot be read.
+pub fn load(path: &Path, machine: &Machine) -> Result<Config, ConfigError> {
+    use std::io::Read;
+    let name = path.display().to_string();
+    let unreadable = |reason: String| ConfigError {
+        file: Some(name.clone()),
+        problems: vec![Problem { line: None, key: String::new(), message: reason }],
+    };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|error| unreadable(format!("cannot be read: {error}")))?;
+    file.take(MAX_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| unreadable(format!("cannot be read: {error}")))?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(unreadable(format!("is longer than {MAX_FILE} bytes, expected a configuration")));
+    }
+    let text = String::from_utf8(bytes).map_err(|error| {
+        unreadable(format!("is not UTF-8 at byte {}, expected a text", error.utf8_error().valid_up_to()))
+    })?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    parse(&name, &text, directory, machine)
+}
+
+/// Reads a configuration's text; `file` is its name in errors, relative paths are taken from `directory`.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn parse(file: &str, text: &str, directory: &Path, machine: &Machine) -> Result<Config, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_toml(text, &problems);
+    let config = Field::root(&tree, &problems)
+        .section(FILE_KEYS)
+        .and_then(|root| whole(&root, Source::File(directory), machine, &problems));
+    problems.finish(Some(file), config)
+}
+
+fn whole(root: &Section<'_>, source: Source<'_>, machine: &Machine, problems: &Problems) -> Option<Config> {
+    let workers = workers(root.get("workers").as_ref(), machine);
+    let socket = root.get("api").map_or(Some(None), |field| api_socket(&field, source).map(Some));
+    let mut switches = Vec::new();
+    let table = root.get("switch").map(|field| field.entries("a table of switches by name"));
+    let table = table.flatten();
+    for (name, field) in table.iter().flat_map(Section::fields) {
+        if let Err(message) = check_name(name) {
+            field.refuse::<()>(message);
+        }
+        let section = field.section(switch::SWITCH_KEYS);
+        // Without knowing the workers, pins are checked against the machine.
+        let cpus = workers.as_ref().map_or(&machine.cpus, |workers| &workers.cpus);
+        switches.extend(section.and_then(|section| switch::switch(name, &section, cpus, source)));
+    }
+    let socket = socket?.unwrap_or_else(|| DEFAULT_SOCKET.into());
+    let line = |switch: &str, port: &str| {
+        let switch = table.as_ref()?.get(switch)?;
+        let named = switch.entries("").and_then(|switch| switch.get("port")?.entries("")?.get(port));
+        named.map_or(switch.node.line, |port| port.node.line)
+    };
+    conflicts::check(&switches, &socket, line, problems);
+    Some(Config { workers: workers?, socket, switches })
+}
+
+fn workers(field: Option<&Field<'_>>, machine: &Machine) -> Option<WorkersSpec> {
+    // Processor 0 serves most interrupts: the last one is the quietest.
+    let last = machine.cpus.last().copied().into_iter().collect();
+    let mut spec = WorkersSpec { cpus: last, idle: DEFAULT_IDLE, balance: true };
+    let Some(section) = field.map(|field| field.section(WORKERS_KEYS)) else { return Some(spec) };
+    let section = section?;
+    if let Some(idle) = section.get("idle") {
+        spec.idle = idle.integer(IDLE).map_or(spec.idle, Duration::from_micros);
+    }
+    if let Some(balance) = section.get("balance") {
+        spec.balance = balance.boolean().unwrap_or(spec.balance);
+    }
+    if let Some(field) = section.get("cpus") {
+        spec.cpus = field.set(&(0..=MAX_CPU))?;
+        if let Some(absent) = spec.cpus.iter().find(|cpu| !machine.cpus.contains(cpu)) {
+            let there = numbers(&machine.cpus);
+            return field.refuse(format!("processor {absent} is not on this machine, expected some of {there}"));
+        }
+    }
+    Some(spec)
+}
+
+/// `0-3,5`.
+fn numbers(sorted: &[usize]) -> String {
+    let runs = sorted.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [first, .., last] => format!("{first}-{last}"),
+        _ => run.first().map(usize::to_string).unwrap_or_default(),
+    });
+    runs.collect::<Vec<_>>().join(",")
+}
+
+fn api_socket(field: &Field<'_>, source: Source<'_>) -> Option<PathBuf> {
+    let section = field.section(API_KEYS)?;
+    match section.get("socket") {
+        Some(field) => socket_path(&field, source),
+        None => Some(DEFAULT_SOCKET.into()),
+    }
+}
+
+/// Reads a request for a switch: the table's grammar with a `name`.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn switch_request(json: serde_json::Value, cpus: &[usize]) -> Result<SwitchConfig, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let keys = [&["name"], switch::SWITCH_KEYS].concat();
+    let root = Field::root(&tree, &problems).section(&keys);
+    let config = root.and_then(|section| {
+        let name = request_name(&section);
+        let config = switch::switch(name.unwrap_or("switch"), &section, cpus, Source::Request);
+        name.and(config)
+    });
+    if let Some(config) = &config {
+        conflicts::check(std::slice::from_ref(config), Path::new(""), |_, _| None, &problems);
+    }
+    problems.finish(None, config)
+}
+
+/// Reads a request for a port of a switch of `kind`: the table's grammar with a `name`.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn port_request(
+    json: serde_json::Value,
+    kind: SwitchKind,
+    cpus: &[usize],
+) -> Result<PortSpec, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let keys = [&["name"], port::PORT_KEYS].concat();
+    let root = Field::root(&tree, &problems).section(&keys);
+    let spec = root.and_then(|section| {
+        let name = request_name(&section);
+        let around = port::Surroundings { kind, cpus, source: Source::Request };
+        let spec = port::port(name.unwrap_or("port"), &section, around);
+        name.and(spec)
+    });
+    problems.finish(None, spec)
+}
+
+fn request_name<'a>(section: &Section<'a>) -> Option<&'a str> {
+    let field = section.require("name", "a name")?;
+    let Value::Text(name) = &field.node.value else { return field.unexpected("a name") };
+    match check_name(name) {
+        Ok(()) => Some(name),
+        Err(message) => field.refuse(message),
+    }
+}
+
+/// Reads a request to change a port: what of the table may change while it runs.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn change_request(json: serde_json::Value) -> Result<PortChange, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let root = Field::root(&tree, &problems);
+    let fixed = |key: &&str| port::PORT_KEYS.contains(key) && !port::CHANGE_KEYS.contains(key);
+    let change = root.entries("a table of what is to change").and_then(|entries| {
+        let mut refused = false;
+        for (_, field) in entries.fields().filter(|(key, _)| fixed(key)) {
+            refused = true;
+            field.refuse::<()>("cannot change while the port exists, expected to remove the port and add it again");
+        }
+        if refused { None } else { root.section(port::CHANGE_KEYS).map(|section| port::change(&section)) }
+    });
+    problems.finish(None, change)
+}

@@ -1,0 +1,37 @@
+//! The lab: real network clients that Switchyard did not write, run from plain blocking Rust.
+//!
+//! Whole-system tests, `cargo xtask demo` and `cargo xtask bench` share it. A [`lab::Lab`] owns one run's
+//! directory; everything started in it is a guard that stops what it started when dropped, and nothing
+//! survives the program, even if it is killed: children die with it ([`process`]), and what outlives a
+//! process (namespaces, directories, huge pages) is undone by the [`janitor`].
+//!
+//! | module | what it runs |
+//! |---|---|
+//! | [`setup`] | Debian packages, huge pages, what this machine can do |
+//! | [`station`] | the trait of a place where commands run: a namespace or a guest |
+//! | [`netns`], [`bridge`] | network namespaces, veth, TAP; a Linux bridge to compare with |
+//! | [`guest`], [`nic`], [`kernel`], [`initrd`], [`cpio`] | Debian guests under QEMU's software CPU |
+//! | [`testpmd`] | DPDK's packet generator over virtio-user, or as a switch |
+//! | [`ovs`] | a private OVS-DPDK |
+//! | [`iperf`], [`ping`] | throughput and round trips between two stations |
+//! | [`capture`] | tcpdump, tcpreplay, tshark, capinfos |
+#![forbid(unsafe_code)]
+
+pub mod bridge;
+pub mod capture;
+pub mod cpio;
+pub mod guest;
+pub mod initrd;
+pub mod iperf;
+pub mod janitor;
+pub mod kernel;
+pub mod lab;
+pub mod netns;
+pub mod nic;
+pub mod ovs;
+pub mod ping;
+pub mod process;
+pub mod setup;
+pub mod station;
+pub mod testpmd;
+pub mod testpmd_stats;

@@ -1,0 +1,127 @@
+//! A shared mapping of a file that somebody else may hold, too.
+
+use std::ffi::c_void;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use super::sigbus;
+
+/// A file mapped for reading and writing, shared with whoever else maps it. Unmapped when dropped.
+///
+/// If the other side cuts the file short, touching a page beyond its end does not kill the process: the range is
+/// replaced by zeroes and [`Mapping::lost`] turns true.
+#[derive(Debug)]
+pub struct Mapping {
+    ptr: NonNull<u8>,
+    len: usize,
+    guard: sigbus::Guard,
+}
+
+// SAFETY: a shared mapping is valid on every thread; bytes are only touched through raw copies and atomics.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// Why a file could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MappingError {
+    /// The kernel refused.
+    #[error("cannot map {len} bytes at offset {offset}")]
+    Map {
+        /// Bytes asked for.
+        len: usize,
+        /// Offset in the file.
+        offset: u64,
+        /// The kernel's reason.
+        #[source]
+        source: rustix::io::Errno,
+    },
+    /// The file is shorter than what is to be mapped, so some of it would fault.
+    #[error("file has {size} bytes, {needed} are to be mapped")]
+    Short {
+        /// The file's size.
+        size: u64,
+        /// What was to be mapped.
+        needed: u64,
+    },
+    /// Nothing to map.
+    #[error("mapping of 0 bytes")]
+    Empty,
+    /// More mappings than the process keeps track of.
+    #[error("more than {0} mappings")]
+    TooMany(usize),
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `fd` from `offset`, which must be a multiple of the page size.
+    ///
+    /// # Errors
+    /// The file is shorter than `offset + len`, or the kernel refuses.
+    pub fn shared(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self, MappingError> {
+        if len == 0 {
+            return Err(MappingError::Empty);
+        }
+        let source = |source| MappingError::Map { len, offset, source };
+        let needed = offset.checked_add(len as u64).ok_or(source(rustix::io::Errno::OVERFLOW))?;
+        let size = rustix::fs::fstat(fd).map_err(source)?.st_size;
+        let size = u64::try_from(size).unwrap_or(0);
+        if size < needed {
+            return Err(MappingError::Short { size, needed });
+        }
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a fresh address range chosen by the kernel; nothing of ours is replaced.
+        let ptr = unsafe { mmap(std::ptr::null_mut(), len, prot, flags, fd, offset) }.map_err(source)?;
+        Self::guarded(ptr, len)
+    }
+
+    fn guarded(ptr: *mut c_void, len: usize) -> Result<Self, MappingError> {
+        match (NonNull::new(ptr.cast::<u8>()), sigbus::watch(ptr as usize, len)) {
+            (Some(ptr), Some(guard)) => Ok(Self { ptr, len, guard }),
+            _ => {
+                // SAFETY: the mapping was made by the caller just now and is not used by anyone.
+                let _ = unsafe { rustix::mm::munmap(ptr, len) };
+                Err(MappingError::TooMany(sigbus::SLOTS))
+            }
+        }
+    }
+
+    /// Makes a memfd of `len` bytes and maps it: memory that can be handed to another process.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn memfd(name: &str, len: usize) -> Result<(Self, std::os::fd::OwnedFd), MappingError> {
+        use std::os::fd::AsFd;
+        let source = |source| MappingError::Map { len, offset: 0, source };
+        let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create(name, flags).map_err(source)?;
+        rustix::fs::ftruncate(&fd, len as u64).map_err(source)?;
+        let mapping = Self::shared(fd.as_fd(), 0, len)?;
+        Ok((mapping, fd))
+    }
+
+    /// Bytes mapped.
+    #[expect(clippy::len_without_is_empty, reason = "an empty mapping cannot be made")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True once a page turned out to be missing from the file.
+    #[inline]
+    pub fn lost(&self) -> bool {
+        self.guard.lost()
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.guard.release();
+        // SAFETY: this value owns the range; segments, rooms and rings that point into it borrow or share this value.
+        let _ = unsafe { rustix::mm::munmap(self.ptr.as_ptr().cast(), self.len) };
+    }
+}

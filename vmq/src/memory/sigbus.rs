@@ -1,0 +1,101 @@
+//! Survival of a peer that cuts its memory file short.
+//!
+//! Touching a mapped page beyond the end of its file raises SIGBUS. The handler looks the address up among the watched
+//! ranges; if it is there, it puts zeroed private memory over the whole range, marks the range lost and returns, so
+//! that the interrupted copy goes on and the port is faulted afterwards. Any other SIGBUS takes its default course.
+//!
+//! The table is fixed and lock-free because a signal handler may neither allocate nor lock.
+
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Ranges that can be watched at once: 384 ports with 8 regions each, and as many again.
+pub(super) const SLOTS: usize = 8192;
+
+struct Slot {
+    start: AtomicUsize,
+    len: AtomicUsize,
+    taken: AtomicBool,
+    lost: AtomicBool,
+}
+
+static TABLE: [Slot; SLOTS] = [const {
+    Slot {
+        start: AtomicUsize::new(0),
+        len: AtomicUsize::new(0),
+        taken: AtomicBool::new(false),
+        lost: AtomicBool::new(false),
+    }
+}; SLOTS];
+
+/// One past the highest slot ever taken, so that a fault scans only what was used.
+static HIGH: AtomicUsize = AtomicUsize::new(0);
+
+/// Membership of one range in the table.
+#[derive(Debug)]
+pub(super) struct Guard {
+    slot: usize,
+}
+
+impl Guard {
+    #[inline]
+    pub(super) fn lost(&self) -> bool {
+        TABLE[self.slot].lost.load(Ordering::Relaxed)
+    }
+
+    /// Ends the watch; to be called before the range is unmapped.
+    pub(super) fn release(&self) {
+        let slot = &TABLE[self.slot];
+        slot.len.store(0, Ordering::Release);
+        slot.lost.store(false, Ordering::Relaxed);
+        slot.taken.store(false, Ordering::Release);
+    }
+}
+
+/// Watches `len` bytes from `start`. `None` if the table is full.
+pub(super) fn watch(start: usize, len: usize) -> Option<Guard> {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(install);
+    let slot = TABLE.iter().position(|slot| {
+        slot.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    })?;
+    HIGH.fetch_max(slot + 1, Ordering::AcqRel);
+    TABLE[slot].lost.store(false, Ordering::Relaxed);
+    TABLE[slot].start.store(start, Ordering::Relaxed);
+    TABLE[slot].len.store(len, Ordering::Release);
+    Some(Guard { slot })
+}
+
+fn install() {
+    // SAFETY: a zeroed `sigaction` is a valid value; the handler is async-signal-safe (atomics, mmap and sigaction).
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_sigbus as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER | libc::SA_ONSTACK;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
+    }
+}
+
+extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler; for SIGBUS it carries the address.
+    let address = unsafe { (*info).si_addr() } as usize;
+    for slot in &TABLE[..HIGH.load(Ordering::Acquire).min(SLOTS)] {
+        let len = slot.len.load(Ordering::Acquire);
+        let start = slot.start.load(Ordering::Relaxed);
+        if address.wrapping_sub(start) < len && replace(start, len) {
+            slot.lost.store(true, Ordering::Release);
+            return;
+        }
+    }
+    // SAFETY: restores the default action; the faulting instruction runs again and ends the process as usual.
+    unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+}
+
+/// Puts zeroed memory over the range. The range stays owned by its `Mapping`, which unmaps it as before.
+fn replace(start: usize, len: usize) -> bool {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: the whole range belongs to one `Mapping` that is still watched, hence still mapped.
+    unsafe { libc::mmap(start as *mut libc::c_void, len, prot, flags, -1, 0) != libc::MAP_FAILED }
+}

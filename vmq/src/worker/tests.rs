@@ -1,0 +1,120 @@
+use std::sync::atomic::AtomicUsize;
+
+use super::*;
+
+/// A queue of which the test says how much is in it.
+struct Counter {
+    waiting: AtomicUsize,
+    moved: AtomicUsize,
+    armed: AtomicUsize,
+    gone: AtomicBool,
+    bell: Arc<Doorbell>,
+}
+
+impl Counter {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            waiting: AtomicUsize::new(0),
+            moved: AtomicUsize::new(0),
+            armed: AtomicUsize::new(0),
+            gone: AtomicBool::new(false),
+            bell: Arc::new(Doorbell::new().unwrap()),
+        })
+    }
+
+    fn offer(&self, count: usize) {
+        self.waiting.fetch_add(count, Ordering::SeqCst);
+        self.bell.ring();
+    }
+}
+
+impl Task<()> for Counter {
+    fn poll(&self, (): &mut (), _now: Nanos) -> Polled {
+        if self.gone.load(Ordering::SeqCst) {
+            return Polled::Gone;
+        }
+        match self.waiting.swap(0, Ordering::SeqCst) {
+            0 => Polled::Empty,
+            count => {
+                self.moved.fetch_add(count, Ordering::SeqCst);
+                Polled::Moved(count)
+            }
+        }
+    }
+
+    fn arm(&self) -> Wait {
+        self.armed.fetch_add(1, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) > 0 { Wait::Nothing } else { Wait::Readable(self.bell.clone()) }
+    }
+
+    fn disarm(&self) {}
+    fn spent(&self, _nanos: Nanos) {}
+}
+
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    for _ in 0..5_000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("{what} did not happen");
+}
+
+fn worker() -> Worker<()> {
+    Worker::start(0, Clock::default(), Duration::from_micros(50)).unwrap()
+}
+
+#[test]
+fn doorbell_of_a_sleeping_queue_wakes_it_each_time() {
+    let worker = worker();
+    let task = Counter::new();
+    worker.add(TaskId(1), task.clone());
+    for round in 1..=200 {
+        eventually("sleep", || worker.activity() == Activity::Asleep);
+        task.offer(3);
+        eventually("wake-up", || task.moved.load(Ordering::SeqCst) == 3 * round);
+    }
+    assert!(task.armed.load(Ordering::SeqCst) >= 200);
+}
+
+#[test]
+fn silent_queue_sleeps_while_another_is_busy_and_still_wakes() {
+    let worker = worker();
+    let (busy, silent) = (Counter::new(), Counter::new());
+    worker.add(TaskId(1), busy.clone());
+    worker.add(TaskId(2), silent.clone());
+    let stop = Arc::new(AtomicBool::new(false));
+    let feeder = {
+        let (busy, stop) = (busy.clone(), stop.clone());
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::SeqCst) {
+                busy.offer(1);
+            }
+        })
+    };
+    eventually("arming", || silent.armed.load(Ordering::SeqCst) > 0);
+    silent.offer(5);
+    eventually("wake-up", || silent.moved.load(Ordering::SeqCst) == 5);
+    stop.store(true, Ordering::SeqCst);
+    feeder.join().unwrap();
+}
+
+#[test]
+fn removed_or_finished_task_is_let_go_and_the_worker_parks() {
+    let worker = worker();
+    let (removed, finished) = (Counter::new(), Counter::new());
+    worker.add(TaskId(1), removed.clone());
+    worker.add(TaskId(2), finished.clone());
+    eventually("sleep", || worker.activity() == Activity::Asleep);
+    worker.remove(TaskId(1));
+    finished.gone.store(true, Ordering::SeqCst);
+    worker.nudge(TaskId(2));
+    eventually("parking", || worker.activity() == Activity::Parked);
+    assert_eq!((Arc::strong_count(&removed), Arc::strong_count(&finished)), (1, 1));
+}
+
+#[test]
+fn processor_that_does_not_exist_is_an_error() {
+    assert!(Worker::<()>::start(4000, Clock::default(), Duration::ZERO).is_err());
+}

@@ -1,0 +1,181 @@
+//! Ports made real: sockets, devices and files opened and put into a port's queues.
+
+use std::sync::Arc;
+
+use crate::error::FabricError;
+use crate::port::PortCore;
+use crate::stubs::device::{DeviceSink, DeviceSource, tap, uplink};
+use crate::ports::file::{FileSink, FileSource};
+use crate::stubs::server::{Control, EndpointEvent, EndpointId, PortEndpoint};
+use crate::stubs::session::SessionConfig;
+use crate::queue::{Sink, Source};
+use crate::report::PortState;
+use crate::spec::{Attachment, PortSpec, SocketMode, TapSpec};
+
+use super::guest::{GuestRings, GuestStatus};
+use super::{Fabric, Port};
+
+/// What a port holds beside its queues.
+#[derive(Debug)]
+pub(super) enum Attached {
+    /// A place in the vhost-user control thread.
+    Guest(EndpointId, Arc<GuestStatus>),
+    /// Devices and files live in the queues.
+    Local,
+}
+
+impl Attachment {
+    /// The word for it in configuration and reports.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::VhostUser { .. } => "vhost-user",
+            Self::Tap { .. } => "tap",
+            Self::Uplink { .. } => "uplink",
+            Self::Pcap { .. } => "pcap",
+        }
+    }
+
+    /// Queue pairs.
+    pub fn queues(&self) -> u16 {
+        match self {
+            Self::VhostUser { queues, .. } | Self::Tap { queues, .. } | Self::Uplink { queues, .. } => *queues,
+            Self::Pcap { .. } => 1,
+        }
+    }
+
+    /// Socket, device or files.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::VhostUser { path, mode, .. } => {
+                let mode = if *mode == SocketMode::Server { "server" } else { "client" };
+                format!("{} ({mode})", path.display())
+            }
+            Self::Tap { tap: TapSpec::Name(name), .. } => name.clone(),
+            Self::Tap { tap: TapSpec::Fds(fds), .. } => format!("descriptors {fds:?}"),
+            Self::Uplink { device, .. } => device.clone(),
+            Self::Pcap { read, write, .. } => {
+                let part = |what, path: &Option<std::path::PathBuf>| {
+                    path.as_ref().map(|path| format!("{what} {}", path.display()))
+                };
+                [part("read", read), part("write", write)].into_iter().flatten().collect::<Vec<_>>().join(", ")
+            }
+        }
+    }
+
+    /// What a port that is not up waits for.
+    pub(super) fn waits_for(&self) -> String {
+        match self {
+            Self::VhostUser { mode: SocketMode::Server, .. } => "a client to connect".into(),
+            Self::VhostUser { mode: SocketMode::Client, .. } => "the socket to appear".into(),
+            _ => "its device or file".into(),
+        }
+    }
+}
+
+/// Registers a vhost-user port with the control thread.
+pub(super) fn guest(
+    control: &Control,
+    core: &Arc<PortCore>,
+    port: &Port,
+) -> Result<Attached, FabricError> {
+    let Attachment::VhostUser { path, mode, queues } = &port.spec.attachment else {
+        return Ok(Attached::Local);
+    };
+    let status = Arc::new(GuestStatus::default());
+    let rings = GuestRings {
+        core: Arc::clone(core),
+        sources: port.sources.iter().map(|(_, source)| Arc::clone(source)).collect(),
+        sinks: port.sinks.clone(),
+        status: Arc::clone(&status),
+        disabled: (0..2 * usize::from(*queues)).map(|_| None).collect(),
+    };
+    let events = {
+        let core = Arc::clone(core);
+        move |event| match event {
+            EndpointEvent::Waiting(what) => core.set_state(PortState::Waiting(what)),
+            EndpointEvent::Connected => core.set_state(PortState::Waiting("the client to enable its queues".into())),
+            EndpointEvent::Disconnected(Some(error)) => core.set_error(error),
+            EndpointEvent::Disconnected(None) => {}
+        }
+    };
+    let endpoint = PortEndpoint {
+        path: path.clone(),
+        mode: *mode,
+        config: session_config(&port.spec, *queues),
+        rings: Box::new(rings),
+        events: Box::new(events),
+    };
+    let id = control
+        .add(endpoint)
+        .map_err(|error| FabricError::failed(format!("opening the socket {}", path.display()), error))?;
+    Ok(Attached::Guest(id, status))
+}
+
+fn session_config(spec: &PortSpec, queues: u16) -> SessionConfig {
+    SessionConfig { queues, mtu: spec.mtu, offloads: spec.offloads, mac: spec.mac.map(|mac| mac.0) }
+}
+
+/// Queue pairs of a device.
+type DeviceQueues = Vec<(DeviceSource, DeviceSink)>;
+
+/// Opens a TAP or uplink device and connects its queues.
+pub(super) fn device(port: &Port) -> Result<(), FabricError> {
+    let spec = &port.spec;
+    let opened: DeviceQueues = match &spec.attachment {
+        Attachment::Tap { tap, queues } => tap::open(tap, *queues, spec.mtu, spec.offloads),
+        Attachment::Uplink { device, queues } => uplink::open(device, *queues, spec.mtu),
+        _ => return Ok(()),
+    }
+    .map_err(|error| FabricError::failed(format!("opening {}", spec.attachment.describe()), error))?;
+    for (((_, source), sink), (from, to)) in port.sources.iter().zip(&port.sinks).zip(opened) {
+        sink.swap(Sink::Device(Box::new(to)));
+        source.swap(Source::Device(Box::new(from)));
+    }
+    port.core.set_state(PortState::Up);
+    Ok(())
+}
+
+/// Opens the file that a pcap port plays, if it plays one.
+pub(super) fn played_file(port: &Port) -> Result<Option<FileSource>, FabricError> {
+    let Attachment::Pcap { read: Some(path), pace, repeat, .. } = &port.spec.attachment else { return Ok(None) };
+    let file = FileSource::open(path, *pace, *repeat)
+        .map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))?;
+    Ok(Some(file))
+}
+
+/// Makes the file that a pcap port writes, if it writes one. `epoch` is the wall-clock time at the clock's zero.
+pub(super) fn written_file(port: &Port, epoch: u64) -> Result<(), FabricError> {
+    let Attachment::Pcap { write: Some(path), .. } = &port.spec.attachment else { return Ok(()) };
+    let file = FileSink::create(path, &port.core.name, epoch, true)
+        .map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))?;
+    if let (Some(sink), Some((_, source))) = (port.sinks.first(), port.sources.first()) {
+        sink.swap(Sink::File(Box::new(file)));
+        source.note_drops_in(sink);
+    }
+    Ok(())
+}
+
+fn files(port: &Port, epoch: u64) -> Result<(), FabricError> {
+    if !matches!(port.spec.attachment, Attachment::Pcap { .. }) {
+        return Ok(());
+    }
+    let played = played_file(port)?;
+    written_file(port, epoch)?;
+    port.core.set_state(PortState::Up);
+    if let (Some(file), Some((_, source))) = (played, port.sources.first()) {
+        source.swap(Source::File(Box::new(file)));
+    }
+    Ok(())
+}
+
+impl Fabric {
+    /// Connects a port that was just made, or that is restarted.
+    pub(super) fn attach(&self, port: &Port) -> Result<(), FabricError> {
+        device(port)?;
+        files(port, self.epoch)?;
+        for &(task, _) in &port.sources {
+            self.workers.nudge(task);
+        }
+        Ok(())
+    }
+}

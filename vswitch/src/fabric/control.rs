@@ -1,0 +1,97 @@
+//! The control thread: reacts to faults and queue changes, and does what is due now and then.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::Fabric;
+use super::attach::Attached;
+use crate::drops::DropReason;
+use crate::port::{PortEvent, PortId};
+use crate::queue::{Sink, Source};
+
+/// Between two moments at which addresses age and files are flushed.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// A table is scanned for old addresses once in this many housekeepings.
+const AGING_ROUNDS: usize = 16;
+
+pub(super) fn run(fabric: &Weak<Fabric>, events: &Receiver<PortEvent>) {
+    let mut housekeeping = Instant::now() + HOUSEKEEPING;
+    let mut tick = Instant::now() + vmq::placement::TICK;
+    loop {
+        let wait = tick.min(housekeeping).saturating_duration_since(Instant::now());
+        let event = match events.recv_timeout(wait) {
+            Ok(PortEvent::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) => None,
+        };
+        let Some(fabric) = fabric.upgrade() else { return };
+        if let Some(event) = event {
+            fabric.react(&event);
+        }
+        let now = Instant::now();
+        if now >= tick {
+            fabric.workers.tick();
+            tick = now + vmq::placement::TICK;
+        }
+        if now >= housekeeping {
+            fabric.keep_house();
+            housekeeping = now + HOUSEKEEPING;
+        }
+    }
+}
+
+impl Fabric {
+    fn react(self: &Arc<Self>, event: &PortEvent) {
+        match event {
+            PortEvent::Faulted(id) => self.isolate(*id),
+            PortEvent::Changed(id) => {
+                let inner = self.lock();
+                if let Some(switch) = inner.switch_of(*id) {
+                    switch.publish();
+                }
+            }
+            PortEvent::Nudge(id, queue) => {
+                let inner = self.lock();
+                let port = inner.switch_of(*id).and_then(|switch| switch.port_by_id(*id));
+                if let Some((task, _)) = port.and_then(|port| port.sources.get(*queue)) {
+                    self.workers.nudge(*task);
+                }
+            }
+            PortEvent::Stop => {}
+        }
+    }
+
+    /// Disconnects every queue of a faulted port, and its peer.
+    fn isolate(&self, id: PortId) {
+        let inner = self.lock();
+        let Some(port) = inner.switch_of(id).and_then(|switch| switch.port_by_id(id)) else { return };
+        if let Attached::Guest(endpoint, _) = port.attached {
+            self.vhost.fault(endpoint);
+        }
+        for (_, source) in &port.sources {
+            source.swap(Source::Absent);
+        }
+        for sink in &port.sinks {
+            sink.swap(Sink::Absent(DropReason::Faulted));
+        }
+    }
+
+    fn keep_house(&self) {
+        let now = self.seconds();
+        let inner = self.lock();
+        for switch in inner.switches.values() {
+            switch.fdb.age(now, switch.fdb.buckets() / AGING_ROUNDS + 1);
+            for sink in switch.ports.values().flat_map(|port| &port.sinks) {
+                let flushed = sink.with(|sink| match sink {
+                    Sink::File(file) => file.flush().map_err(|error| error.to_string()),
+                    _ => Ok(()),
+                });
+                if let (Err(error), Some(port)) = (flushed, switch.port_of_sink(sink)) {
+                    port.core.fault(error);
+                }
+            }
+        }
+    }
+}

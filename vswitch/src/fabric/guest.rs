@@ -1,0 +1,121 @@
+//! A vhost-user client's rings, put into the port's queues as its session sets them up.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmq::doorbell::Doorbell;
+
+use crate::drops::DropReason;
+use crate::port::{PortCore, PortEvent};
+use crate::ports::vhost_user::queue::ActiveRing;
+use crate::stubs::session::{Negotiated, Rings};
+use crate::queue::{Sink, SinkQueue, Source, SourceQueue};
+use crate::report::PortState;
+
+/// What the control plane wants to know of a client.
+#[derive(Debug, Default)]
+pub(super) struct GuestStatus {
+    /// One bit per queue that the client enabled to receive.
+    pub(super) enabled: AtomicU64,
+    /// What was negotiated, in words.
+    pub(super) features: Mutex<Vec<String>>,
+}
+
+/// The rings of one port, as its session sees them. Even indices are receive rings, odd ones transmit rings.
+pub(super) struct GuestRings {
+    pub(super) core: Arc<PortCore>,
+    pub(super) sources: Vec<Arc<SourceQueue>>,
+    pub(super) sinks: Vec<Arc<SinkQueue>>,
+    pub(super) status: Arc<GuestStatus>,
+    /// Rings that are set up and not enabled.
+    pub(super) disabled: Vec<Option<ActiveRing>>,
+}
+
+impl GuestRings {
+    fn start(&mut self, index: usize, ring: ActiveRing) {
+        let queue = index / 2;
+        if index.is_multiple_of(2) {
+            if let Some(sink) = self.sinks.get(queue) {
+                let mut ring = ring;
+                // Buffers are taken when there are frames for them; their arrival is no news.
+                ring.disarm();
+                sink.swap(Sink::Ring(Box::new(ring)));
+                self.status.enabled.fetch_or(1 << queue, Ordering::SeqCst);
+                self.core.notify(PortEvent::Changed(self.core.id));
+            }
+        } else if let Some(source) = self.sources.get(queue) {
+            source.swap(Source::Ring(Box::new(ring)));
+            self.core.notify(PortEvent::Nudge(self.core.id, queue));
+        }
+        self.core.set_state(PortState::Up);
+    }
+
+    fn stop(&mut self, index: usize) -> Option<ActiveRing> {
+        let queue = index / 2;
+        if index.is_multiple_of(2) {
+            let sink = self.sinks.get(queue)?;
+            let reason = if self.core.is_faulted() { DropReason::Faulted } else { DropReason::NotReady };
+            let Sink::Ring(ring) = sink.swap(Sink::Absent(reason)) else { return None };
+            self.status.enabled.fetch_and(!(1 << queue), Ordering::SeqCst);
+            self.core.notify(PortEvent::Changed(self.core.id));
+            Some(*ring)
+        } else {
+            let Source::Ring(ring) = self.sources.get(queue)?.swap(Source::Absent) else { return None };
+            Some(*ring)
+        }
+    }
+}
+
+impl Rings for GuestRings {
+    fn install(&mut self, index: usize, ring: ActiveRing, enabled: bool) {
+        if enabled {
+            self.start(index, ring);
+        } else if let Some(place) = self.disabled.get_mut(index) {
+            *place = Some(ring);
+        }
+    }
+
+    fn remove(&mut self, index: usize) -> Option<ActiveRing> {
+        let disabled = self.disabled.get_mut(index).and_then(Option::take);
+        disabled.or_else(|| self.stop(index))
+    }
+
+    fn set_enabled(&mut self, index: usize, enabled: bool) {
+        if enabled {
+            if let Some(ring) = self.disabled.get_mut(index).and_then(Option::take) {
+                self.start(index, ring);
+            }
+        } else if let Some(ring) = self.stop(index)
+            && let Some(place) = self.disabled.get_mut(index)
+        {
+            *place = Some(ring);
+        }
+    }
+
+    fn set_call(&mut self, index: usize, call: Option<Doorbell>) {
+        if let Some(Some(ring)) = self.disabled.get_mut(index) {
+            ring.call = call;
+            return;
+        }
+        let queue = index / 2;
+        if index.is_multiple_of(2) {
+            if let Some(sink) = self.sinks.get(queue) {
+                sink.with(|sink| {
+                    if let Sink::Ring(ring) = sink {
+                        ring.call = call;
+                    }
+                });
+            }
+        } else if let Some(source) = self.sources.get(queue) {
+            source.with(|source| {
+                if let Source::Ring(ring) = source {
+                    ring.call = call;
+                }
+            });
+        }
+    }
+
+    fn negotiated(&mut self, negotiated: &Negotiated) {
+        *self.status.features.lock().unwrap_or_else(PoisonError::into_inner) = negotiated.words();
+    }
+}

@@ -1,0 +1,170 @@
+//! Writes what leaves the switch into a capture.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use vmq::frame::{Burst, Frame};
+use vmq::worker::Nanos;
+
+use super::{FileError, open_to_write};
+use crate::drops::DropReason;
+use crate::pcap::{self, Direction, InterfaceId, Packet, SectionInfo, WriteError, Writer};
+use crate::tally::Tally;
+
+/// A pcapng file of the frames that leave the switch through one port.
+///
+/// Packets are gathered in a buffer of 64 KiB; whoever owns the sink flushes it at least once a second, so that a reader
+/// of the growing file is not far behind. The file says nothing about the host, so that equal runs are equal files.
+#[derive(Debug)]
+pub struct FileSink {
+    path: PathBuf,
+    /// `None` once it is closed or has failed.
+    writer: Option<Writer<File>>,
+    interface: InterfaceId,
+    /// The caller's moment 0, in nanoseconds since the epoch.
+    epoch: pcap::Nanos,
+    drops: bool,
+    unsent: bool,
+    /// A frame's bytes in one piece.
+    scratch: Vec<u8>,
+}
+
+impl FileSink {
+    /// Begins a capture at `path`, over what may have been there, with one interface called `port`. `epoch` is the
+    /// caller's moment 0 in nanoseconds since the Unix epoch. With `drops` it also takes frames of the port that the
+    /// switch dropped.
+    ///
+    /// # Errors
+    /// The file cannot be made or written, is in use by another port, or is a pipe.
+    pub fn create(path: &Path, port: &str, epoch: pcap::Nanos, drops: bool) -> Result<Self, FileError> {
+        let file = open_to_write(path)?;
+        let failed = |cause| FileError::Write { path: path.into(), cause };
+        let section = SectionInfo { os: None, application: Some("switchyard") };
+        let mut writer = Writer::new(file, &section).map_err(failed)?;
+        let interface = writer.add_interface(port, "", 0).map_err(failed)?;
+        Ok(Self {
+            path: path.into(),
+            writer: Some(writer),
+            interface,
+            epoch,
+            drops,
+            unsent: true,
+            scratch: Vec::new(),
+        })
+    }
+
+    /// Writes the frames of `list`, which leave the port at `now`, as outbound packets.
+    ///
+    /// # Errors
+    /// The file cannot be written. The frames not written are counted as [`DropReason::DeviceError`], as are all later
+    /// ones: half a packet cannot be taken back.
+    pub fn put(
+        &mut self,
+        now: Nanos,
+        burst: &Burst<'_>,
+        list: &[u8],
+        tally: &mut Tally,
+    ) -> Result<(), FileError> {
+        for (done, &index) in list.iter().enumerate() {
+            let Some(frame) = burst.frames().get(usize::from(index)) else { continue };
+            match self.write(now, burst, frame, None) {
+                Ok(()) => tally.moved(frame.len),
+                Err(error) => {
+                    tally.drop_many(DropReason::DeviceError, list.len() - done);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes frames that came in through the port and were dropped, with their reasons as comments, if that was asked
+    /// for.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn dropped(
+        &mut self,
+        now: Nanos,
+        burst: &Burst<'_>,
+        dropped: &[(u8, DropReason)],
+    ) -> Result<(), FileError> {
+        if !self.drops {
+            return Ok(());
+        }
+        for &(index, reason) in dropped {
+            let Some(frame) = burst.frames().get(usize::from(index)) else { continue };
+            self.write(now, burst, frame, Some(reason))?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is still in the buffer to the file. Costs nothing if there is nothing.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn flush(&mut self) -> Result<(), FileError> {
+        if !std::mem::take(&mut self.unsent) {
+            return Ok(());
+        }
+        self.attempt(Writer::flush)
+    }
+
+    /// Ends the capture with its statistics. Further frames are refused.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn close(&mut self) -> Result<(), FileError> {
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        writer.close().map(drop).map_err(|cause| FileError::Write { path: self.path.clone(), cause })
+    }
+
+    fn write(
+        &mut self,
+        now: Nanos,
+        burst: &Burst<'_>,
+        frame: &Frame,
+        dropped: Option<DropReason>,
+    ) -> Result<(), FileError> {
+        let mut data = std::mem::take(&mut self.scratch);
+        flatten(burst, frame, &mut data);
+        let (interface, time) = (self.interface, self.epoch.saturating_add(now));
+        let written = self.attempt(|writer| {
+            let packet = Packet::new(interface, time, &data);
+            match dropped {
+                None => writer.packet(&Packet { direction: Some(Direction::Outbound), ..packet }),
+                Some(reason) => {
+                    let comment = Some(format_args!("dropped: {reason}"));
+                    writer.packet(&Packet { direction: Some(Direction::Inbound), comment, ..packet })?;
+                    writer.statistics_mut(interface).map(|statistics| statistics.dropped += 1)
+                }
+            }
+        });
+        self.scratch = data;
+        self.unsent = true;
+        written
+    }
+
+    /// After a failure the writer is let go, and with it the file.
+    fn attempt(
+        &mut self,
+        act: impl FnOnce(&mut Writer<File>) -> Result<(), WriteError>,
+    ) -> Result<(), FileError> {
+        let outcome = self.writer.as_mut().ok_or(WriteError::Broken).and_then(act);
+        outcome.map_err(|cause| {
+            self.writer = None;
+            FileError::Write { path: self.path.clone(), cause }
+        })
+    }
+}
+
+/// The frame's bytes, in `into` alone.
+fn flatten(burst: &Burst<'_>, frame: &Frame, into: &mut Vec<u8>) {
+    into.clear();
+    into.extend_from_slice(frame.head());
+    for segment in burst.tail(frame) {
+        let at = into.len();
+        into.resize(at + segment.len() as usize, 0);
+        segment.read_into(&mut into[at..]);
+    }
+}

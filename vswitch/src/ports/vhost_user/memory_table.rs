@@ -1,0 +1,256 @@
+//! The guest memory a front-end has shown us, region by region.
+//!
+//! Front-ends name a region by a file and an offset. The file is mapped from its start, as the offset need not be a
+//! multiple of a huge page; regions of one file share the mapping; and a file that is mapped already stays mapped when
+//! the table changes, so that adding a region costs one region.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Stat, fstat};
+use vmq::memory::{DirtyLog, GuestMemory, Mapping, MappingError, Region, RegionError};
+
+use super::message::{LogArea, MemoryRegion};
+
+/// Regions that a guest may have: what KVM had for slots when the number was agreed on, and what QEMU asks for.
+pub const MAX_SLOTS: usize = 509;
+
+/// Why a memory region is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// More descriptors than regions, or the reverse.
+    #[error("{regions} memory regions with {fds} descriptors")]
+    Descriptors {
+        /// Regions named.
+        regions: usize,
+        /// Descriptors that came.
+        fds: usize,
+    },
+    /// More than [`MAX_SLOTS`].
+    #[error("more than {MAX_SLOTS} memory regions")]
+    TooMany,
+    /// A sum exceeds 2^64.
+    #[error("{size:#x} bytes at offset {offset:#x} are no part of any file")]
+    Overflow {
+        /// Where it was to begin.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Something else than a file, which could not be mapped safely.
+    #[error("the descriptor of a memory region is no regular file")]
+    NotAFile,
+    /// The kernel does not tell about the file.
+    #[error("cannot examine the file of a memory region")]
+    Examine(#[source] rustix::io::Errno),
+    /// The file is too short, or cannot be mapped.
+    #[error("cannot map guest memory")]
+    Mapping(#[from] MappingError),
+    /// The regions contradict one another.
+    #[error("memory regions make no sense")]
+    Region(#[from] RegionError),
+    /// Two regions share addresses of the peer's process.
+    #[error("memory regions at user addresses {first:#x} and {second:#x} overlap")]
+    UserOverlap {
+        /// The lower region.
+        first: u64,
+        /// The higher region.
+        second: u64,
+    },
+    /// The region to be removed is not there.
+    #[error("no memory region of {size:#x} bytes at guest address {guest:#x}")]
+    Absent {
+        /// Guest-physical address asked for.
+        guest: u64,
+        /// Bytes.
+        size: u64,
+    },
+}
+
+/// A file's identity. It names no other file for as long as the file is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+/// A mapped file.
+#[derive(Debug, Clone)]
+struct File {
+    id: FileId,
+    mapping: Arc<Mapping>,
+}
+
+#[derive(Debug, Clone)]
+struct Slot {
+    wire: MemoryRegion,
+    file: File,
+}
+
+/// All regions of one guest.
+#[derive(Debug, Default)]
+pub struct MemoryTable {
+    slots: Vec<Slot>,
+    log: Option<DirtyLog>,
+    memory: Arc<GuestMemory>,
+}
+
+impl MemoryTable {
+    /// The memory, as rings use it.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// True if the front-end has shown no memory.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Puts `regions` in place of all others (`SET_MEM_TABLE`). On an error nothing changes, as for the next ones.
+    ///
+    /// # Errors
+    /// [`TableError`]
+    pub fn replace(&mut self, regions: &[MemoryRegion], fds: &[OwnedFd]) -> Result<(), TableError> {
+        if regions.len() != fds.len() {
+            return Err(TableError::Descriptors { regions: regions.len(), fds: fds.len() });
+        }
+        let extents = regions.iter().zip(fds).map(|(wire, fd)| Extent::of(wire, fd)).collect::<Result<Vec<_>, _>>()?;
+        let mut files: Vec<File> = self.slots.iter().map(|slot| slot.file.clone()).collect();
+        let mut slots = Vec::new();
+        for (wire, extent) in regions.iter().zip(&extents) {
+            let longest = extents.iter().filter(|other| other.id == extent.id).max_by_key(|other| other.len);
+            let file = longest.unwrap_or(extent).map(&mut files)?;
+            slots.push(Slot { wire: *wire, file });
+        }
+        self.install(slots, self.log.clone())
+    }
+
+    /// Adds a region (`ADD_MEM_REG`).
+    ///
+    /// # Errors
+    /// [`TableError`]
+    pub fn add(&mut self, wire: &MemoryRegion, fd: &OwnedFd) -> Result<(), TableError> {
+        if self.slots.len() >= MAX_SLOTS {
+            return Err(TableError::TooMany);
+        }
+        let mut files: Vec<File> = self.slots.iter().map(|slot| slot.file.clone()).collect();
+        let file = Extent::of(wire, fd)?.map(&mut files)?;
+        let mut slots = self.slots.clone();
+        slots.push(Slot { wire: *wire, file });
+        self.install(slots, self.log.clone())
+    }
+
+    /// Removes the region with the guest address, user address and size of `wire` (`REM_MEM_REG`).
+    ///
+    /// # Errors
+    /// [`TableError::Absent`]
+    pub fn remove(&mut self, wire: &MemoryRegion) -> Result<(), TableError> {
+        let same = |slot: &Slot| {
+            slot.wire.guest == wire.guest && slot.wire.user == wire.user && slot.wire.size == wire.size
+        };
+        let absent = TableError::Absent { guest: wire.guest.get(), size: wire.size.get() };
+        let at = self.slots.iter().position(same).ok_or(absent)?;
+        let mut slots = self.slots.clone();
+        slots.remove(at);
+        self.install(slots, self.log.clone())
+    }
+
+    /// Starts or ends the logging of writes.
+    ///
+    /// # Errors
+    /// None that a table which was accepted could cause.
+    pub fn set_log(&mut self, log: Option<DirtyLog>) -> Result<(), TableError> {
+        self.install(self.slots.clone(), log)
+    }
+
+    fn install(&mut self, slots: Vec<Slot>, log: Option<DirtyLog>) -> Result<(), TableError> {
+        let regions = slots
+            .iter()
+            .map(|Slot { wire, file }| {
+                let mapping = Arc::clone(&file.mapping);
+                Region::new(wire.guest.get(), wire.user.get(), wire.size.get(), mapping, wire.offset.get())
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        check_user_addresses(&regions)?;
+        self.memory = Arc::new(GuestMemory::new(regions, log.clone())?);
+        (self.slots, self.log) = (slots, log);
+        Ok(())
+    }
+}
+
+fn check_user_addresses(regions: &[Region]) -> Result<(), TableError> {
+    let mut ranges: Vec<(u64, u64)> = regions.iter().map(|region| (region.user, region.len)).collect();
+    ranges.sort_unstable();
+    match ranges.windows(2).find(|pair| pair[1].0 - pair[0].0 < pair[0].1) {
+        Some(pair) => Err(TableError::UserOverlap { first: pair[0].0, second: pair[1].0 }),
+        None => Ok(()),
+    }
+}
+
+/// The part of a file, from its start, that a region needs.
+struct Extent<'f> {
+    id: FileId,
+    fd: &'f OwnedFd,
+    len: usize,
+}
+
+impl<'f> Extent<'f> {
+    fn of(wire: &MemoryRegion, fd: &'f OwnedFd) -> Result<Self, TableError> {
+        Self::new(wire.offset.get(), wire.size.get(), fd)
+    }
+
+    fn new(offset: u64, size: u64, fd: &'f OwnedFd) -> Result<Self, TableError> {
+        let overflow = TableError::Overflow { offset, size };
+        let Some(end) = offset.checked_add(size) else { return Err(overflow) };
+        let stat = fstat(fd).map_err(TableError::Examine)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(TableError::NotAFile);
+        }
+        let file_size = u64::try_from(stat.st_size).unwrap_or(0);
+        if file_size < end {
+            return Err(MappingError::Short { size: file_size, needed: end }.into());
+        }
+        let len = usize::try_from(whole_pages(end, file_size, &stat)).map_err(|_| overflow)?;
+        Ok(Self { id: FileId { device: stat.st_dev, inode: stat.st_ino }, fd, len })
+    }
+
+    /// The mapping of the extent's file: one of `files` if it is long enough, else a new one that joins them.
+    fn map(&self, files: &mut Vec<File>) -> Result<File, TableError> {
+        let usable = |file: &&File| file.id == self.id && file.mapping.len() >= self.len && !file.mapping.lost();
+        if let Some(file) = files.iter().find(usable) {
+            return Ok(file.clone());
+        }
+        let mapping = Arc::new(Mapping::shared(self.fd.as_fd(), 0, self.len)?);
+        let file = File { id: self.id, mapping };
+        files.push(file.clone());
+        Ok(file)
+    }
+}
+
+/// `end` rounded up to the file's own page size if the file is that long: huge pages are unmapped whole or not at all.
+fn whole_pages(end: u64, file_size: u64, stat: &Stat) -> u64 {
+    let page = u64::try_from(stat.st_blksize).unwrap_or(1).max(1);
+    match end.checked_next_multiple_of(page) {
+        Some(rounded) if rounded <= file_size => rounded,
+        _ => end,
+    }
+}
+
+/// Maps the dirty log (`SET_LOG_BASE`).
+///
+/// # Errors
+/// [`TableError`] if size and offset do not fit the file.
+pub fn map_log(area: &LogArea, fd: &OwnedFd) -> Result<DirtyLog, TableError> {
+    let (offset, size) = (area.offset.get(), area.size.get());
+    let mapping = map_file(offset, size, fd)?;
+    DirtyLog::new(mapping, offset, size).ok_or(TableError::Overflow { offset, size })
+}
+
+/// Maps a file from its start to `offset + size`.
+///
+/// # Errors
+/// [`TableError`] if size and offset do not fit the file.
+pub fn map_file(offset: u64, size: u64, fd: &OwnedFd) -> Result<Arc<Mapping>, TableError> {
+    let extent = Extent::new(offset, size, fd)?;
+    Ok(Arc::new(Mapping::shared(fd.as_fd(), 0, extent.len)?))
+}

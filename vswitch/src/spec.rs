@@ -1,0 +1,217 @@
+//! What an operator asks for: switches and ports, as plain checked-for-shape values. The daemon reads them from its
+//! configuration file or its API; [`crate::fabric::Fabric`] makes them real.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use vmq::Mac;
+
+/// Whom a switch connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SwitchKind {
+    /// Guests, the host and a network beyond: may have an uplink port.
+    External,
+    /// Guests and the host: a TAP device is made for the host.
+    Internal,
+    /// Ports only that the operator names; neither host nor uplink of its own.
+    Private,
+}
+
+/// A switch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SwitchSpec {
+    /// Unique name: letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// Whom it connects.
+    pub kind: SwitchKind,
+    /// Addresses the table holds, static ones included: 1 to 1,048,576.
+    pub addresses: usize,
+    /// Seconds after which an address that was not seen is forgotten: 10 to 1,000,000.
+    pub aging: u32,
+}
+
+impl SwitchSpec {
+    /// Default of [`SwitchSpec::addresses`].
+    pub const ADDRESSES: usize = 16_384;
+    /// Default of [`SwitchSpec::aging`], IEEE 802.1Q-2018, table 8-6.
+    pub const AGING: u32 = 300;
+    /// The most addresses a table holds.
+    pub const MAX_ADDRESSES: usize = 1 << 20;
+}
+
+/// How a port takes part in VLANs.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VlanMode {
+    /// Frames pass as they are. A tag names the frame's VLAN, untagged frames are in none (0).
+    #[default]
+    Passthrough,
+    /// Untagged frames only, all of one VLAN.
+    Access(u16),
+    /// Tagged frames of the listed VLANs, and untagged ones if there is a native VLAN.
+    Trunk {
+        /// Member VLANs, 1 to 4094, sorted.
+        members: Vec<u16>,
+        /// The VLAN of untagged frames; sent untagged as well.
+        native: Option<u16>,
+    },
+}
+
+/// Which side of a vhost-user socket listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SocketMode {
+    /// The switch listens.
+    Server,
+    /// The guest's VMM listens; the switch connects, and connects again.
+    Client,
+}
+
+/// How fast a capture file is played.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pace {
+    /// With the gaps in which it was recorded.
+    Recorded,
+    /// As fast as the switch takes it.
+    Full,
+}
+
+/// How a TAP device is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TapSpec {
+    /// Opened, or made, by name.
+    Name(String),
+    /// Descriptors of an open device, one a queue, inherited by the daemon.
+    Fds(Vec<i32>),
+}
+
+/// What a port is attached to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attachment {
+    /// A guest or application that speaks vhost-user.
+    VhostUser {
+        /// Socket.
+        path: PathBuf,
+        /// Who listens.
+        mode: SocketMode,
+        /// Queue pairs offered, 1 to 64.
+        queues: u16,
+    },
+    /// A TAP device: the host or a container.
+    Tap {
+        /// The device.
+        tap: TapSpec,
+        /// Queues, 1 to 64.
+        queues: u16,
+    },
+    /// A network device of the host (AF_PACKET): the way out of an external switch.
+    Uplink {
+        /// Device name.
+        device: String,
+        /// Sockets in a fanout group, 1 to 64.
+        queues: u16,
+    },
+    /// Capture files.
+    Pcap {
+        /// Frames that enter the switch here.
+        read: Option<PathBuf>,
+        /// Where frames that leave the switch here are written.
+        write: Option<PathBuf>,
+        /// How fast.
+        pace: Pace,
+        /// Play the file again and again.
+        repeat: bool,
+    },
+}
+
+/// A static address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StaticAddress {
+    /// The address.
+    pub mac: Mac,
+    /// Its VLAN, 0 for none.
+    pub vlan: u16,
+}
+
+/// VMQ: frames for an address go to some of the port's queues only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmqSpec {
+    /// Destination address.
+    pub mac: Mac,
+    /// Its VLAN, 0 for none.
+    pub vlan: u16,
+    /// The queues, by number.
+    pub queues: Vec<u16>,
+}
+
+/// Receive-side scaling of a port with several queues.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RssSpec {
+    /// 40 bytes; the default is the published Microsoft key.
+    pub key: Option<Vec<u8>>,
+    /// Queue numbers, a power of two of them; the default is round robin over 128 entries.
+    pub table: Option<Vec<u16>>,
+}
+
+/// A port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortSpec {
+    /// Name, unique in its switch: letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// What it is attached to.
+    pub attachment: Attachment,
+    /// Largest IP packet in bytes, 68 to 9216.
+    pub mtu: u16,
+    /// The guest's address. If given, it is static on this port, and other sources are refused.
+    pub mac: Option<Mac>,
+    /// Other sources than [`PortSpec::mac`] are allowed (`mac-spoofing`).
+    pub spoofing: bool,
+    /// VLANs.
+    pub vlan: VlanMode,
+    /// Most addresses learnt on the port; none is "as many as the table holds".
+    pub address_limit: Option<u32>,
+    /// Addresses pinned to the port.
+    pub addresses: Vec<StaticAddress>,
+    /// Offer checksum and segmentation offloads.
+    pub offloads: bool,
+    /// Merge small TCP segments for a receiver that takes large frames (RSC).
+    pub coalesce: bool,
+    /// Which queues serve which address.
+    pub vmq: Vec<VmqSpec>,
+    /// Spread over queues.
+    pub rss: RssSpec,
+    /// Processors that poll the port's queues, by queue; an empty list leaves it to the placement.
+    pub pin: Vec<usize>,
+}
+
+impl PortSpec {
+    /// Default of [`PortSpec::mtu`].
+    pub const MTU: u16 = 1500;
+    /// The largest [`PortSpec::mtu`].
+    pub const MAX_MTU: u16 = 9216;
+    /// The smallest [`PortSpec::mtu`] (RFC 791).
+    pub const MIN_MTU: u16 = 68;
+    /// Most queues of a port.
+    pub const MAX_QUEUES: u16 = 64;
+
+    /// A port with every default.
+    pub fn new(name: impl Into<String>, attachment: Attachment) -> Self {
+        Self {
+            name: name.into(),
+            attachment,
+            mtu: Self::MTU,
+            mac: None,
+            spoofing: false,
+            vlan: VlanMode::Passthrough,
+            address_limit: None,
+            addresses: Vec::new(),
+            offloads: true,
+            coalesce: true,
+            vmq: Vec::new(),
+            rss: RssSpec::default(),
+            pin: Vec::new(),
+        }
+    }
+}
