@@ -34,4 +34,5 @@ pub mod process;
 pub mod setup;
 pub mod station;
 pub mod testpmd;
+pub mod yardd;
 pub mod testpmd_stats;

@@ -13,7 +13,7 @@ use crate::process::{Process, command, command_on, output};
 const DAEMON: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 const LIMIT: Duration = Duration::from_secs(30);
-/// Huge pages of 2 MiB that it takes with a few ports: 512 MiB at the start, and buffers as ports come.
+/// Huge pages of 2 MiB that it takes.
 pub const HUGE_PAGES: usize = 512;
 
 /// How to run it.
@@ -107,7 +107,11 @@ fn other_config(spec: &OvsSpec) -> Vec<String> {
     if !spec.poll_cpus.is_empty() {
         let mask = |cpus: &[usize]| cpus.iter().fold(0_u64, |mask, cpu| mask | 1 << cpu);
         settings.push("dpdk-init=true".to_owned());
-        settings.push("dpdk-socket-mem=512".to_owned());
+        // Without a limit, the first port's buffers take all huge pages, and other programs starve. Without
+        // pools per port, it tries one of 2.7 GB at a large MTU, and connections made meanwhile fail.
+        settings.push("dpdk-socket-mem=1024".to_owned());
+        settings.push("dpdk-socket-limit=1024".to_owned());
+        settings.push("per-port-memory=true".to_owned());
         settings.push("dpdk-extra=--no-pci --in-memory --single-file-segments --no-telemetry".to_owned());
         settings.push(format!("dpdk-lcore-mask={:#x}", mask(&spec.main_cpus)));
         settings.push(format!("pmd-cpu-mask={:#x}", mask(&spec.poll_cpus)));

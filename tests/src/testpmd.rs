@@ -234,11 +234,28 @@ impl Testpmd {
         Ok(answer)
     }
 
-    /// Sets the size of what it sends, in bytes without frame check sequence, and starts forwarding with a
-    /// first burst of `bursts` × 32 packets from each port, which then circulate (with [`Forward::Mac`]).
+    /// Lets packets circulate between a pair of [`Forward::Mac`] ports: `bursts` × 32 from each, of `frame`
+    /// bytes without frame check sequence. Packets that the switch drops are not replaced, so this first
+    /// waits until a few come through in both directions: switches drop all until they are set up.
     pub fn start_loop(&mut self, frame: u32, bursts: u32) -> Result<()> {
         self.command(&format!("set txpkts {frame}"))?;
+        let deadline = Instant::now() + LIMIT;
+        while !self.try_loop()? {
+            if Instant::now() > deadline {
+                bail!("no packet comes through the switch:\n{}", self.process.log_tail(30));
+            }
+        }
         self.command(&format!("start tx_first {bursts}")).map(drop)
+    }
+
+    fn try_loop(&mut self) -> Result<bool> {
+        self.command("start tx_first 1")?;
+        std::thread::sleep(Duration::from_millis(100));
+        let before = self.stats()?;
+        std::thread::sleep(Duration::from_millis(100));
+        let after = self.stats()?;
+        self.command("stop")?;
+        Ok(before.iter().zip(&after).all(|(before, after)| after.rx_packets > before.rx_packets))
     }
 
     /// Starts forwarding.

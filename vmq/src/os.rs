@@ -38,6 +38,19 @@ pub fn exact_timers() {
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
 }
 
+/// The running kernel's version, such as (6, 12); (0, 0) if it does not say.
+pub fn kernel_version() -> (u32, u32) {
+    // SAFETY: all-zero is a valid `utsname`, which the call fills.
+    let release = unsafe {
+        let mut name: libc::utsname = std::mem::zeroed();
+        libc::uname(&raw mut name);
+        name.release
+    };
+    let release: String = release.iter().map(|&byte| char::from(byte.cast_unsigned())).collect();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// Moves the calling thread, and the processes it starts from now on, into a new network namespace with nothing in it
 /// but a loopback device that is down. The namespace ends with the last thread in it.
 ///

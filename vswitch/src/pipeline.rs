@@ -14,8 +14,8 @@ use vmq::frame::{BURST_FRAMES, Burst, Frame};
 use crate::drops::DropReason;
 use crate::fdb::{Key, PortIndex, Slot};
 use crate::offload;
-use crate::tally::Tally;
 use crate::parse::ethertype::VLAN;
+use crate::tally::Tally;
 use crate::topology::{ETHERNET, Rules, TAG, Topology, VlanRule, is_member};
 
 /// Frames of one burst that go to the same port, by their index in the burst.
@@ -223,7 +223,8 @@ fn look_up(
 /// would believe it, and the frame would have hopped into a VLAN of the sender's choice.
 #[inline]
 fn reaches(topology: &Topology, port: PortIndex, frame: &Frame) -> bool {
-    topology.carries(port, frame.vlan) && !(frame.tagged && is_stacked(frame) && topology.untags(port, frame.vlan))
+    topology.carries(port, frame.vlan)
+        && !(frame.tagged && is_stacked(frame) && topology.untags(port, frame.vlan))
 }
 
 /// True if a second 802.1Q tag follows the first.

@@ -1,1 +1,40 @@
-fn main() {}
+//! Chores of Switchyard: `cargo xtask demo`, `test`, `bench`, `lint`.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod build;
+mod demo;
+mod lint;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+/// Chores of Switchyard.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Set up what is needed and show the switch at work: guests, namespaces and a replayed capture on one switch.
+    Demo(demo::Options),
+    /// Set up what is needed and run all tests, those with real clients included.
+    Test(test::Options),
+    /// Print measured figures, beside those of peers from the same run.
+    Bench(bench::Options),
+    /// Formatting, lints, licences of dependencies, sizes of files.
+    Lint,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().chore {
+        Chore::Demo(options) => demo::run(&options),
+        Chore::Test(options) => test::run(&options),
+        Chore::Bench(options) => bench::run(&options),
+        Chore::Lint => lint::run(),
+    }
+}

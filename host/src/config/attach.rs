@@ -109,7 +109,8 @@ fn tap(section: &Section<'_>, source: Source<'_>) -> Option<Attachment> {
         }
         (None, Some(fds)) => {
             let list = descriptors(&fds, source)?;
-            let queues = if section.get("queues").is_some() { queues? } else { u16::try_from(list.len()).ok()? };
+            let queues =
+                if section.get("queues").is_some() { queues? } else { u16::try_from(list.len()).ok()? };
             if list.len() != usize::from(queues) {
                 let found = list.len();
                 return fds.refuse(format!("{found} descriptors for {queues} queues, expected one a queue"));
@@ -162,10 +163,13 @@ fn pcap(section: &Section<'_>, source: Source<'_>) -> Option<Attachment> {
         pace = field.choice(&[("recorded", Pace::Recorded), ("full", Pace::Full)])?;
     }
     // A file that was given and refused must not look like one that was not given.
-    let (read, write) = (read.map_or(Some(None), |path| path.map(Some))?, match write {
-        Some(path) => Some(path?),
-        None => None,
-    });
+    let (read, write) = (
+        read.map_or(Some(None), |path| path.map(Some))?,
+        match write {
+            Some(path) => Some(path?),
+            None => None,
+        },
+    );
     if read.is_some() && read == write {
         return section.refuse("`read` and `write` are the same file, expected two");
     }

@@ -19,6 +19,8 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use vmq::Mac;
+use vmq::filter::MAX_VLAN;
 use vswitch::fabric::{PortChange, WorkersSpec};
 use vswitch::spec::{PortSpec, SwitchKind};
 
@@ -115,7 +117,8 @@ pub fn load(path: &Path, machine: &Machine) -> Result<Config, ConfigError> {
 /// Every mistake in it.
 pub fn parse(file: &str, text: &str, directory: &Path, machine: &Machine) -> Result<Config, ConfigError> {
     let problems = Problems::default();
-    let tree = Node::from_toml(text, &problems);
+    let tree = Node::from_toml(text)
+        .map_err(|problem| ConfigError { file: Some(file.to_owned()), problems: vec![problem] })?;
     let config = Field::root(&tree, &problems)
         .section(FILE_KEYS)
         .and_then(|root| whole(&root, Source::File(directory), machine, &problems));
@@ -163,7 +166,8 @@ fn workers(field: Option<&Field<'_>>, machine: &Machine) -> Option<WorkersSpec> 
         spec.cpus = field.set(&(0..=MAX_CPU))?;
         if let Some(absent) = spec.cpus.iter().find(|cpu| !machine.cpus.contains(cpu)) {
             let there = numbers(&machine.cpus);
-            return field.refuse(format!("processor {absent} is not on this machine, expected some of {there}"));
+            return field
+                .refuse(format!("processor {absent} is not on this machine, expected some of {there}"));
         }
     }
     Some(spec)
@@ -250,9 +254,57 @@ pub fn change_request(json: serde_json::Value) -> Result<PortChange, ConfigError
         let mut refused = false;
         for (_, field) in entries.fields().filter(|(key, _)| fixed(key)) {
             refused = true;
-            field.refuse::<()>("cannot change while the port exists, expected to remove the port and add it again");
+            field.refuse::<()>(
+                "cannot change while the port exists, expected to remove the port and add it again",
+            );
         }
         if refused { None } else { root.section(port::CHANGE_KEYS).map(|section| port::change(&section)) }
     });
     problems.finish(None, change)
+}
+
+/// Reads a request to pin a queue: `{"cpu": N}`, or `{"cpu": null}` to leave it to the placement.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn pin_request(json: serde_json::Value) -> Result<Option<usize>, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let cpu = Field::root(&tree, &problems).section(&["cpu"]).and_then(|section| {
+        let field = section.require("cpu", "a processor number or null")?;
+        match field.node.value {
+            Value::Null => Some(None),
+            _ => field.integer(0..=MAX_CPU).map(Some),
+        }
+    });
+    problems.finish(None, cpu)
+}
+
+/// A static address that a request names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddressRequest {
+    /// Port behind which it is.
+    pub port: String,
+    /// The address.
+    pub mac: Mac,
+    /// Its VLAN, 0 for none.
+    pub vlan: u16,
+}
+
+/// Reads a request for a static address: `{"mac": MAC, "vlan": VLAN, "port": NAME}`.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn address_request(json: serde_json::Value) -> Result<AddressRequest, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let root = Field::root(&tree, &problems).section(&["mac", "vlan", "port"]);
+    let request = root.and_then(|section| {
+        let mac = section.require("mac", "a MAC address").and_then(|field| field.mac());
+        let vlan = section.get("vlan").map_or(Some(0), |field| field.integer(0..=i128::from(MAX_VLAN)));
+        let port =
+            section.require("port", "the name of a port").and_then(|field| field.text("the name of a port"));
+        Some(AddressRequest { port: port?.to_owned(), mac: mac?, vlan: vlan? })
+    });
+    problems.finish(None, request)
 }

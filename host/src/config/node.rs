@@ -3,7 +3,7 @@
 
 use toml::de::{DeTable, DeValue};
 
-use super::problem::Problems;
+use super::problem::Problem;
 
 /// A value, and the line of the file on which it (or its key) stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,15 +27,19 @@ pub(crate) enum Value {
 }
 
 impl Node {
-    /// The table of a whole TOML file; syntax errors go to `problems`, and what could be read is returned.
-    pub fn from_toml(text: &str, problems: &Problems) -> Self {
+    /// The table of a whole TOML file.
+    ///
+    /// # Errors
+    /// The first syntax error: those after it are mostly its consequences.
+    pub fn from_toml(text: &str) -> Result<Self, Problem> {
         let lines = Lines::new(text);
         let (table, errors) = DeTable::parse_recoverable(text);
-        for error in errors {
-            let line = error.span().map(|span| lines.of(span.start));
-            problems.add(line, "", error.message().replace('\n', ", "));
+        let start = |error: &toml::de::Error| error.span().map_or(0, |span| span.start);
+        if let Some(first) = errors.iter().min_by_key(|error| start(error)) {
+            let message = first.message().replace('\n', ", ");
+            return Err(Problem { line: Some(lines.of(start(first))), key: String::new(), message });
         }
-        Self { line: Some(1), value: toml_table(table.get_ref(), &lines) }
+        Ok(Self { line: Some(1), value: toml_table(table.get_ref(), &lines) })
     }
 
     /// A JSON document; it has no lines.

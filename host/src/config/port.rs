@@ -15,8 +15,20 @@ use super::field::{Field, Section};
 use super::node::Value;
 
 pub(super) const PORT_KEYS: &[&str] = &[
-    "vhost-user", "tap", "uplink", "pcap", "mtu", "mac", "security", "vlan", "addresses", "offloads", "coalesce",
-    "vmq", "rss", "pin",
+    "vhost-user",
+    "tap",
+    "uplink",
+    "pcap",
+    "mtu",
+    "mac",
+    "security",
+    "vlan",
+    "addresses",
+    "offloads",
+    "coalesce",
+    "vmq",
+    "rss",
+    "pin",
 ];
 pub(super) const SECURITY_KEYS: &[&str] = &["mac-spoofing", "address-limit"];
 pub(super) const VLAN_KEYS: &[&str] = &["access", "trunk", "native"];
@@ -120,10 +132,7 @@ fn address_limit(field: &Field<'_>) -> Option<Option<u32>> {
     match &field.node.value {
         Value::Text(text) if text == "none" => Some(None),
         Value::Integer(_) => field.integer(1..=SwitchSpec::MAX_ADDRESSES as i128).map(Some),
-        _ => field.unexpected(format_args!(
-            "an integer from 1 to {} or \"none\"",
-            SwitchSpec::MAX_ADDRESSES
-        )),
+        _ => field.unexpected(format_args!("an integer from 1 to {} or \"none\"", SwitchSpec::MAX_ADDRESSES)),
     }
 }
 
@@ -231,8 +240,9 @@ fn rss(field: &Field<'_>, queues: u16) -> Option<RssSpec> {
         let table: Vec<u16> = field.sequence(&(0..=i128::from(queues) - 1))?;
         match table.len() {
             length if length.is_power_of_two() && length <= MAX_RSS_TABLE => Some(table),
-            length => field
-                .refuse(format!("the table has {length} entries, expected a power of two up to {MAX_RSS_TABLE}")),
+            length => field.refuse(format!(
+                "the table has {length} entries, expected a power of two up to {MAX_RSS_TABLE}"
+            )),
         }
     });
     Some(RssSpec { key, table })
@@ -250,7 +260,9 @@ fn rss_key(field: &Field<'_>) -> Option<Vec<u8>> {
         Some(digits) if digits.len() == 2 * MIN_KEY_LEN => {
             Some(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect())
         }
-        Some(digits) => field.refuse(format!("found {} hexadecimal digits, expected {expected}", digits.len())),
+        Some(digits) => {
+            field.refuse(format!("found {} hexadecimal digits, expected {expected}", digits.len()))
+        }
         None => field.unexpected(expected),
     }
 }

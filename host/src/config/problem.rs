@@ -68,10 +68,6 @@ impl Problems {
         match value {
             Some(value) if problems.is_empty() => Ok(value),
             _ => {
-                // A syntax error hides what follows it: complaints about the rest would mislead.
-                if problems.iter().any(|problem| problem.key.is_empty()) {
-                    problems.retain(|problem| problem.key.is_empty());
-                }
                 problems.sort_by_key(|problem| problem.line);
                 Err(ConfigError { file: file.map(str::to_owned), problems })
             }

@@ -1,1 +1,365 @@
-//! stub
+//! Every key of the configuration file, once: the manual page switchyard.toml(5) and `docs/operators/configuration.md`
+//! are made from this list, and a test compares it with the keys that are read.
+
+use std::fmt::Write;
+
+/// A key.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Dotted path; words in capitals stand for names that the operator chooses, `[]` for items of a list.
+    pub path: &'static str,
+    /// What it may be.
+    pub range: &'static str,
+    /// What it is when it is not given.
+    pub default: &'static str,
+    /// What it does.
+    pub text: &'static str,
+}
+
+/// A group of keys, as they stand together in the file.
+#[derive(Debug, Clone, Copy)]
+pub struct Group {
+    /// Table of the file.
+    pub table: &'static str,
+    /// What it is about.
+    pub text: &'static str,
+    /// Its keys.
+    pub keys: &'static [Key],
+}
+
+const fn key(path: &'static str, range: &'static str, default: &'static str, text: &'static str) -> Key {
+    Key { path, range, default, text }
+}
+
+/// Every key.
+pub const GROUPS: &[Group] = &[
+    Group {
+        table: "[workers]",
+        text: "The processors that switch frames, one thread pinned to each.",
+        keys: &[
+            key(
+                "workers.cpus",
+                "list of processor numbers, or text such as \"2-5,7\"",
+                "the last processor",
+                "Processors that switch frames.",
+            ),
+            key(
+                "workers.idle",
+                "0 to 1000000 microseconds",
+                "50",
+                "How long a worker polls in vain before it sleeps until a doorbell rings.",
+            ),
+            key(
+                "workers.balance",
+                "true, false",
+                "true",
+                "Move queues between workers as load changes, and park workers that are not needed.",
+            ),
+        ],
+    },
+    Group {
+        table: "[api]",
+        text: "Where yard and other programs reach the daemon.",
+        keys: &[key(
+            "api.socket",
+            "path, at most 107 bytes",
+            "/run/switchyard/yardd.sock",
+            "Unix socket of the API, made with mode 0660; its directory is made if it is missing.",
+        )],
+    },
+    Group {
+        table: "[switch.NAME]",
+        text: "A switch. Its name has 1 to 32 letters, digits, `-`, `_` and `.`, and begins with a letter or digit.",
+        keys: &[
+            key(
+                "switch.NAME.type",
+                "\"external\", \"internal\", \"private\"",
+                "required",
+                "Whom it connects: external also a network beyond the host, internal also the host, private only the ports named below.",
+            ),
+            key("switch.NAME.addresses", "1 to 1048576", "16384", "Addresses that the table holds."),
+            key(
+                "switch.NAME.aging",
+                "10 to 1000000 seconds",
+                "300",
+                "When an address that was not seen is forgotten.",
+            ),
+            key(
+                "switch.NAME.uplink",
+                "name of a network device",
+                "none",
+                "External switch: makes a port `uplink` on that device.",
+            ),
+            key(
+                "switch.NAME.host",
+                "true, or name of a TAP device",
+                "true (yard-NAME)",
+                "Internal switch: the TAP device behind its port `host`.",
+            ),
+        ],
+    },
+    Group {
+        table: "[switch.NAME.port.PORT]",
+        text: "A port. It has exactly one of `vhost-user`, `tap`, `uplink` and `pcap`. Relative paths are taken from the \
+               directory of the configuration file. Names are as for switches.",
+        keys: &[
+            key(
+                "switch.NAME.port.PORT.vhost-user.path",
+                "path, at most 107 bytes",
+                "required",
+                "Socket of a guest or application that speaks vhost-user.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vhost-user.mode",
+                "\"server\", \"client\"",
+                "\"server\"",
+                "Who listens: the switch (server) or the guest's VMM (client); a client connects again and again.",
+            ),
+            key("switch.NAME.port.PORT.vhost-user.queues", "1 to 64", "1", "Queue pairs offered."),
+            key(
+                "switch.NAME.port.PORT.tap.name",
+                "1 to 15 letters, digits, `-`, `_`, `.`",
+                "required, or `fds`",
+                "TAP device, made if it is missing.",
+            ),
+            key(
+                "switch.NAME.port.PORT.tap.fds",
+                "list of descriptors from 3",
+                "none",
+                "Open TAP queues that the daemon inherited, instead of `name`; not over the API.",
+            ),
+            key(
+                "switch.NAME.port.PORT.tap.queues",
+                "1 to 64",
+                "1, or the number of `fds`",
+                "Queues of the device.",
+            ),
+            key(
+                "switch.NAME.port.PORT.uplink.device",
+                "name of a network device",
+                "required",
+                "Device of the host that leads out of an external switch.",
+            ),
+            key(
+                "switch.NAME.port.PORT.uplink.queues",
+                "1 to 64",
+                "1",
+                "Sockets among which the device's frames are spread.",
+            ),
+            key(
+                "switch.NAME.port.PORT.pcap.read",
+                "path",
+                "none",
+                "Capture (pcap or pcapng) whose frames enter the switch.",
+            ),
+            key(
+                "switch.NAME.port.PORT.pcap.write",
+                "path",
+                "none",
+                "pcapng file for the frames that leave the switch.",
+            ),
+            key(
+                "switch.NAME.port.PORT.pcap.pace",
+                "\"recorded\", \"full\"",
+                "\"recorded\"",
+                "Play with the recorded gaps, or as fast as the switch takes it.",
+            ),
+            key(
+                "switch.NAME.port.PORT.pcap.repeat",
+                "true, false",
+                "false",
+                "Play the file again and again.",
+            ),
+            key(
+                "switch.NAME.port.PORT.mtu",
+                "68 to 9216 bytes",
+                "1500",
+                "Longest IP packet; longer frames are dropped and counted.",
+            ),
+            key(
+                "switch.NAME.port.PORT.mac",
+                "MAC address of a station",
+                "none",
+                "The guest's address. It is static on this port, and the port may send from no other.",
+            ),
+            key(
+                "switch.NAME.port.PORT.security.mac-spoofing",
+                "true, false",
+                "false",
+                "Allow other source addresses than `mac`.",
+            ),
+            key(
+                "switch.NAME.port.PORT.security.address-limit",
+                "1 to 1048576, \"none\"",
+                "\"none\"",
+                "Most addresses that are learnt on the port.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vlan",
+                "\"passthrough\", or the table below",
+                "\"passthrough\"",
+                "Passthrough: frames keep the tag that they have.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vlan.access",
+                "1 to 4094",
+                "none",
+                "Untagged frames only, all of this VLAN.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vlan.trunk",
+                "list of 1 to 4094, or text such as \"10-20,30\"",
+                "none",
+                "Tagged frames of these VLANs.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vlan.native",
+                "1 to 4094",
+                "none",
+                "With `trunk`: the VLAN of untagged frames.",
+            ),
+            key(
+                "switch.NAME.port.PORT.addresses[].mac",
+                "MAC address of a station",
+                "required",
+                "An address pinned to the port.",
+            ),
+            key(
+                "switch.NAME.port.PORT.addresses[].vlan",
+                "0 to 4094",
+                "the access or native VLAN, or 0",
+                "Its VLAN; 0 is none.",
+            ),
+            key(
+                "switch.NAME.port.PORT.offloads",
+                "true, false",
+                "true",
+                "Offer checksum and segmentation offloads.",
+            ),
+            key(
+                "switch.NAME.port.PORT.coalesce",
+                "true, false",
+                "true",
+                "Merge TCP segments for a receiver that takes large frames.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vmq[].mac",
+                "MAC address of a station",
+                "required",
+                "Frames for this address go to some queues only; at most 1024 filters a port.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vmq[].vlan",
+                "0 to 4094",
+                "the access or native VLAN, or 0",
+                "Its VLAN; 0 is none.",
+            ),
+            key(
+                "switch.NAME.port.PORT.vmq[].queues",
+                "list of queue numbers, or text such as \"0-3\"",
+                "required",
+                "Those queues.",
+            ),
+            key(
+                "switch.NAME.port.PORT.rss.key",
+                "40 bytes in hexadecimal",
+                "the published default key",
+                "Toeplitz key.",
+            ),
+            key(
+                "switch.NAME.port.PORT.rss.table",
+                "list of queue numbers, a power of two of them up to 512",
+                "128 entries in turn",
+                "Indirection table.",
+            ),
+            key(
+                "switch.NAME.port.PORT.pin",
+                "list of processors of `workers.cpus`, one a queue",
+                "placed by load",
+                "The processor that polls each queue.",
+            ),
+        ],
+    },
+];
+
+/// The reference as Markdown.
+pub fn markdown() -> String {
+    let mut out = String::from(
+        "# Configuration\n\n\
+         `yardd --config switchyard.toml` reads one TOML file; `yardd --check --config switchyard.toml` only checks it.\n\
+         Every mistake is reported at once, each with file, line, key, what was found and what was expected. A key that is\n\
+         not listed here is a mistake. `examples/switchyard.toml` is a commented example.\n",
+    );
+    for group in GROUPS {
+        let _ = write!(
+            out,
+            "\n## `{}`\n\n{}\n\n| key | values | default | meaning |\n|---|---|---|---|\n",
+            group.table, group.text
+        );
+        for key in group.keys {
+            let Key { range, default, text, .. } = key;
+            let _ = writeln!(out, "| `{}` | {range} | {default} | {text} |", short(key.path));
+        }
+    }
+    out
+}
+
+/// The path of a key inside its table.
+pub fn short(path: &str) -> &str {
+    let tables = ["switch.NAME.port.PORT.", "switch.NAME.", "workers.", "api."];
+    tables.iter().find_map(|table| path.strip_prefix(table)).unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{API_KEYS, FILE_KEYS, WORKERS_KEYS, attach, port, switch};
+
+    /// The paths that the readers know, from their own lists.
+    fn known() -> Vec<String> {
+        let under =
+            |prefix: &str, keys: &[&str]| keys.iter().map(|key| format!("{prefix}{key}")).collect::<Vec<_>>();
+        let port_table = "switch.NAME.port.PORT.";
+        let mut paths = Vec::new();
+        for table in FILE_KEYS {
+            paths.extend(match *table {
+                "workers" => under("workers.", WORKERS_KEYS),
+                "api" => under("api.", API_KEYS),
+                _ => under("switch.NAME.", switch::SWITCH_KEYS),
+            });
+        }
+        for key in port::PORT_KEYS {
+            let (list, keys) = match *key {
+                "vhost-user" => ("", attach::VHOST_USER_KEYS),
+                "tap" => ("", attach::TAP_KEYS),
+                "uplink" => ("", attach::UPLINK_KEYS),
+                "pcap" => ("", attach::PCAP_KEYS),
+                "security" => ("", port::SECURITY_KEYS),
+                "rss" => ("", port::RSS_KEYS),
+                "addresses" => ("[]", port::ADDRESS_KEYS),
+                "vmq" => ("[]", port::VMQ_KEYS),
+                "vlan" => {
+                    paths.push(format!("{port_table}vlan"));
+                    ("", port::VLAN_KEYS)
+                }
+                _ => {
+                    paths.push(format!("{port_table}{key}"));
+                    continue;
+                }
+            };
+            paths.extend(under(&format!("{port_table}{key}{list}."), keys));
+        }
+        paths.retain(|path| path != "switch.NAME.port");
+        paths
+    }
+
+    #[test]
+    fn reference_lists_the_keys_that_are_read_and_no_others() {
+        let mut listed: Vec<_> =
+            GROUPS.iter().flat_map(|group| group.keys).map(|key| key.path.to_owned()).collect();
+        let mut known = known();
+        listed.sort();
+        known.sort();
+        assert_eq!(listed, known);
+    }
+}

@@ -76,8 +76,7 @@ fn named_port(
         field.refuse::<()>(message);
     }
     if others.iter().any(|other| other.name == name) {
-        return field
-            .refuse("the name is taken by the port that `uplink` or `host` makes, expected another");
+        return field.refuse("the name is taken by the port that `uplink` or `host` makes, expected another");
     }
     port(name, &field.section(PORT_KEYS)?, around)
 }

@@ -18,7 +18,9 @@ fn refused(text: &str) -> String {
 
 /// A private switch `lab` with a port `red` on a TAP device; `keys` begin in line 5.
 fn with_port(keys: &str) -> String {
-    format!("[switch.lab]\ntype = \"private\"\n[switch.lab.port.red]\ntap = {{ name = \"red\", queues = 2 }}\n{keys}\n")
+    format!(
+        "[switch.lab]\ntype = \"private\"\n[switch.lab.port.red]\ntap = {{ name = \"red\", queues = 2 }}\n{keys}\n"
+    )
 }
 
 #[test]
@@ -43,18 +45,12 @@ fn wrong_text_names_line_key_found_and_expected() {
             "[workers]\ncpus = []\n",
             "2: workers.cpus: the list is empty, expected a list of integers from 0 to 8191",
         ),
-        (
-            "[workers]\ncpus = [0,\n  -1]\n",
-            "3: workers.cpus[1]: -1 is out of range, expected 0 to 8191",
-        ),
+        ("[workers]\ncpus = [0,\n  -1]\n", "3: workers.cpus[1]: -1 is out of range, expected 0 to 8191"),
         (
             "[workers]\ncpus = \"3-1\"\n",
             "2: workers.cpus: found \"3-1\", expected a list of integers from 0 to 8191, or a text such as \"10-20,30\"",
         ),
-        (
-            "[workers]\nidle = 1.5\n",
-            "2: workers.idle: found 1.5, expected an integer from 0 to 1000000",
-        ),
+        ("[workers]\nidle = 1.5\n", "2: workers.idle: found 1.5, expected an integer from 0 to 1000000"),
         ("[workers]\nbalance = \"on\"\n", "2: workers.balance: found \"on\", expected true or false"),
         ("[api]\nsocket = \"\"\n", "2: api.socket: found \"\", expected a path"),
         (
@@ -190,7 +186,10 @@ fn wrong_port_key_names_line_key_found_and_expected() {
     for (keys, expected) in [
         ("mtu = 70000", "mtu: 70000 is out of range, expected 68 to 9216"),
         ("mtu = 67", "mtu: 67 is out of range, expected 68 to 9216"),
-        ("mtu = 99999999999999999999999999", "mtu: 99999999999999999999999999 is out of range, expected 68 to 9216"),
+        (
+            "mtu = 99999999999999999999999999",
+            "mtu: 99999999999999999999999999 is out of range, expected 68 to 9216",
+        ),
         ("mut = 1500", "mut: unknown key (did you mean `mtu`?)"),
         (
             "vhost-user = { path = \"/a\" }",
@@ -253,7 +252,10 @@ fn wrong_port_key_names_line_key_found_and_expected() {
             "vmq = [{ mac = \"02:00:00:00:00:01\", queues = [2] }]",
             "vmq[0].queues[0]: 2 is out of range, expected 0 to 1",
         ),
-        ("vmq = [{ mac = \"02:00:00:00:00:01\" }]", "vmq[0].queues: is missing, expected a list of queue numbers"),
+        (
+            "vmq = [{ mac = \"02:00:00:00:00:01\" }]",
+            "vmq[0].queues: is missing, expected a list of queue numbers",
+        ),
         ("rss.table = [0, 2]", "rss.table[1]: 2 is out of range, expected 0 to 1"),
         ("rss.table = [0, 1, 0]", "rss.table: the table has 3 entries, expected a power of two up to 512"),
         (
@@ -277,7 +279,9 @@ fn wrong_port_key_names_line_key_found_and_expected() {
 #[test]
 fn things_wanted_by_two_ports_are_refused() {
     let text = |a: &str, b: &str| {
-        format!("[api]\nsocket = \"/run/api\"\n[switch.lab]\ntype = \"private\"\n[switch.lab.port.a]\n{a}\n[switch.lab.port.b]\n{b}\n")
+        format!(
+            "[api]\nsocket = \"/run/api\"\n[switch.lab]\ntype = \"private\"\n[switch.lab.port.a]\n{a}\n[switch.lab.port.b]\n{b}\n"
+        )
     };
     for (a, b, expected) in [
         (
@@ -450,12 +454,27 @@ fn wrong_request_is_refused_in_the_same_words() {
     let refused = |json| port_request(json, SwitchKind::Private, &[0]).expect_err("wrong").to_string();
     for (json, expected) in [
         (json!([]), "found a list, expected a table with the keys"),
-        (json!({}), "name: is missing, expected a name"),
-        (json!({"name": "a/b", "tap": {"name": "t"}}), "name: name \"a/b\" contains `/`, expected 1 to 32 of"),
-        (json!({"name": "a", "tap": {"name": "t"}, "mtu": 70000}), "mtu: 70000 is out of range, expected 68 to 9216"),
-        (json!({"name": "a", "tap": {"name": "t"}, "mtu": null}), "mtu: found null, expected an integer from 68 to 9216"),
-        (json!({"name": "a", "tap": {"name": "t"}, "mtu": 1.5}), "mtu: found 1.5, expected an integer from 68"),
-        (json!({"name": "a", "tap": {"fds": [9]}}), "tap.fds: descriptors are inherited when the daemon starts"),
+        (json!({}), "name: is missing, expected a name\nis attached to nothing, expected one of"),
+        (
+            json!({"name": "a/b", "tap": {"name": "t"}}),
+            "name: name \"a/b\" contains `/`, expected 1 to 32 of",
+        ),
+        (
+            json!({"name": "a", "tap": {"name": "t"}, "mtu": 70000}),
+            "mtu: 70000 is out of range, expected 68 to 9216",
+        ),
+        (
+            json!({"name": "a", "tap": {"name": "t"}, "mtu": null}),
+            "mtu: found null, expected an integer from 68 to 9216",
+        ),
+        (
+            json!({"name": "a", "tap": {"name": "t"}, "mtu": 1.5}),
+            "mtu: found 1.5, expected an integer from 68",
+        ),
+        (
+            json!({"name": "a", "tap": {"fds": [9]}}),
+            "tap.fds: descriptors are inherited when the daemon starts",
+        ),
         (
             json!({"name": "a", "vhost-user": {"path": "a.sock"}}),
             "vhost-user.path: found \"a.sock\", expected an absolute path",

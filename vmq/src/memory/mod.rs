@@ -130,9 +130,10 @@ impl GuestMemory {
         self.log.as_ref()
     }
 
-    /// True once any byte of any region turned out to be gone (the peer cut its file short).
+    /// True once any byte of any region or of the log turned out to be gone (the peer cut its file short).
+    #[inline]
     pub fn lost(&self) -> bool {
-        self.regions.iter().any(|region| region.mapping.lost())
+        self.regions.iter().any(|region| region.mapping.lost()) || self.log.as_ref().is_some_and(DirtyLog::lost)
     }
 
     #[inline]

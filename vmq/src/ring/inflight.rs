@@ -25,6 +25,14 @@ const PACKED_POSITIONS: usize = 16;
 /// A position in a packed ring and its wrap counter.
 type Position = (u16, bool);
 
+/// Where tests let the process end, in effect. Between any two points lies one store that a successor can see.
+#[cfg(not(test))]
+#[inline(always)]
+fn crash_point() {}
+
+#[cfg(test)]
+use super::tests::crash_point;
+
 /// One queue's part of the record.
 #[derive(Debug)]
 pub struct Inflight {
@@ -89,7 +97,9 @@ impl Inflight {
     pub(super) fn prepare(&self, old: Position, new: Position) {
         let ([o0, o1], [n0, n1]) = (old.0.to_le_bytes(), new.0.to_le_bytes());
         let word = [n0, n1, o0, o1, u8::from(new.1), u8::from(old.1), 0, 0];
+        crash_point();
         self.positions().store(u64::from_le_bytes(word), Ordering::Release);
+        crash_point();
     }
 
     /// The ring has shown the driver everything up to `used`.

@@ -10,6 +10,8 @@
 // UNSAFETY: reads and writes ring memory shared with another process, through pointers that were bounds-checked once.
 #![allow(unsafe_code)]
 
+#[doc(hidden)]
+pub mod fuzz;
 mod inflight;
 mod packed;
 mod split;

@@ -132,11 +132,12 @@ impl Virtqueue for SplitRing {
     #[inline]
     fn refresh(&mut self) -> Result<(), RingFault> {
         // Acquire: the entries and descriptors behind the index are visible.
-        self.available = self.driver_cell(2).load(Ordering::Acquire);
-        let by = self.available.wrapping_sub(self.next);
+        let available = self.driver_cell(2).load(Ordering::Acquire);
+        let by = available.wrapping_sub(self.next);
         if by > self.layout.size {
             return Err(RingFault::IndexJump { by, size: self.layout.size });
         }
+        self.available = available;
         Ok(())
     }
 

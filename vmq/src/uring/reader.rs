@@ -60,6 +60,8 @@ pub struct Received<'a> {
 #[derive(Debug, Clone, Copy)]
 struct Meta {
     header: [u8; packet::HEADER],
+    /// Where the frame lies, in this slot from the slot's beginning.
+    slot: usize,
     start: usize,
     end: usize,
     truncated: bool,
@@ -136,7 +138,11 @@ impl Reader {
     pub fn frames(&self) -> impl ExactSizeIterator<Item = Received<'_>> {
         self.metas.iter().map(|meta| Received {
             header: meta.header,
-            bytes: &self.slots[meta.start..meta.end],
+            bytes: self
+                .slots
+                .get(meta.slot * SLOT..)
+                .and_then(|s| s.get(meta.start..meta.end))
+                .unwrap_or(&[]),
             truncated: meta.truncated,
             retagged: meta.retagged,
         })
@@ -229,7 +235,8 @@ impl Reader {
             let end = (HEADROOM + len).min(SLOT);
             let mut header = [0; packet::HEADER];
             header.copy_from_slice(&slot[HEADROOM - header_len..][..packet::HEADER]);
-            let mut meta = Meta { header, start: HEADROOM, end, truncated: end == SLOT, retagged: false };
+            let mut meta =
+                Meta { header, slot: at, start: HEADROOM, end, truncated: end == SLOT, retagged: false };
             if let Some(message) = self.messages.0.get(at) {
                 meta.truncated |= message.header.msg_flags & libc::MSG_TRUNC != 0;
                 if let Some(tag) = message.tag()
@@ -251,7 +258,7 @@ impl Reader {
 /// How many frames to ask for, after `asked` gave `got` with `bytes` in all.
 fn next_want(tuning: &Tuning, asked: usize, got: usize, bytes: usize) -> usize {
     let want = if got == asked { asked * 2 } else { got };
-    let fit = if bytes == 0 { BATCH } else { tuning.bytes.saturating_mul(got) / bytes };
+    let fit = tuning.bytes.saturating_mul(got).checked_div(bytes).unwrap_or(BATCH);
     want.min(fit).min(tuning.frames).clamp(1, BATCH)
 }
 

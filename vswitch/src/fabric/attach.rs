@@ -6,8 +6,8 @@ use crate::error::FabricError;
 use crate::port::PortCore;
 use crate::stubs::device::{DeviceSink, DeviceSource, tap, uplink};
 use crate::ports::file::{FileSink, FileSource};
-use crate::stubs::server::{Control, EndpointEvent, EndpointId, PortEndpoint};
-use crate::stubs::session::SessionConfig;
+use crate::ports::vhost_user::server::{self, Control, EndpointId, PortEndpoint};
+use crate::ports::vhost_user::session::SessionConfig;
 use crate::queue::{Sink, Source};
 use crate::report::PortState;
 use crate::spec::{Attachment, PortSpec, SocketMode, TapSpec};
@@ -73,13 +73,9 @@ impl Attachment {
 }
 
 /// Registers a vhost-user port with the control thread.
-pub(super) fn guest(
-    control: &Control,
-    core: &Arc<PortCore>,
-    port: &Port,
-) -> Result<Attached, FabricError> {
+pub(super) fn guest(control: &Control, core: &Arc<PortCore>, port: &Port) -> Attached {
     let Attachment::VhostUser { path, mode, queues } = &port.spec.attachment else {
-        return Ok(Attached::Local);
+        return Attached::Local;
     };
     let status = Arc::new(GuestStatus::default());
     let rings = GuestRings {
@@ -92,10 +88,12 @@ pub(super) fn guest(
     let events = {
         let core = Arc::clone(core);
         move |event| match event {
-            EndpointEvent::Waiting(what) => core.set_state(PortState::Waiting(what)),
-            EndpointEvent::Connected => core.set_state(PortState::Waiting("the client to enable its queues".into())),
-            EndpointEvent::Disconnected(Some(error)) => core.set_error(error),
-            EndpointEvent::Disconnected(None) => {}
+            server::PortEvent::Waiting(what) => core.set_state(PortState::Waiting(what)),
+            server::PortEvent::Connected => {
+                core.set_state(PortState::Waiting("the client to set up its queues".into()));
+            }
+            server::PortEvent::Disconnected(Some(error)) => core.set_error(error),
+            server::PortEvent::Disconnected(None) => {}
         }
     };
     let endpoint = PortEndpoint {
@@ -105,14 +103,11 @@ pub(super) fn guest(
         rings: Box::new(rings),
         events: Box::new(events),
     };
-    let id = control
-        .add(endpoint)
-        .map_err(|error| FabricError::failed(format!("opening the socket {}", path.display()), error))?;
-    Ok(Attached::Guest(id, status))
+    Attached::Guest(control.add(endpoint), status)
 }
 
 fn session_config(spec: &PortSpec, queues: u16) -> SessionConfig {
-    SessionConfig { queues, mtu: spec.mtu, offloads: spec.offloads, mac: spec.mac.map(|mac| mac.0) }
+    SessionConfig { queues, mtu: spec.mtu, offloads: spec.offloads, mac: spec.mac, config_space: false }
 }
 
 /// Queue pairs of a device.

@@ -32,7 +32,7 @@ pub use workers::WorkersSpec;
 use crate::error::FabricError;
 use crate::fdb::{Filter, Key};
 use crate::port::{PortEvent, PortId};
-use crate::stubs::server::Control;
+use crate::ports::vhost_user::server::Control;
 use crate::spec::SwitchSpec;
 use switch::{Port, Switch};
 use workers::Workers;

@@ -50,7 +50,7 @@ impl Fabric {
         let core = Arc::new(PortCore::new(id, names, index, snapshot, waits_for, self.events.clone()));
         let mut port = self.queues(spec, core)?;
         let result = owner.pin_addresses(&port).and_then(|()| {
-            port.attached = attach::guest(&self.vhost, &port.core, &port)?;
+            port.attached = attach::guest(&self.vhost, &port.core, &port);
             self.attach(&port)
         });
         if let Err(error) = result {
@@ -84,7 +84,7 @@ impl Fabric {
     /// Takes a port's queues from the workers and closes what it is attached to.
     fn dismantle(&self, port: &Port) {
         if let Attached::Guest(endpoint, _) = port.attached {
-            self.vhost.remove(endpoint);
+            self.vhost.remove_and_wait(endpoint);
         }
         for &(task, _) in &port.sources {
             self.workers.remove(task);

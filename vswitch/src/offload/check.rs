@@ -75,7 +75,8 @@ pub(super) fn large(header: &Header, checksum: Checksum, gso: Gso) -> Result<Hea
         Checksum::Partial { start, offset } => start == headers.l4_offset && offset == field,
         Checksum::Unknown | Checksum::Valid => false,
     };
-    let Some(header_len) = headers.headers_len().filter(|len| usize::from(*len) <= header.bytes().len()) else {
+    let Some(header_len) = headers.headers_len().filter(|len| usize::from(*len) <= header.bytes().len())
+    else {
         return Err(DropReason::BadOffload);
     };
     let payload = header.frame_len().saturating_sub(u32::from(header_len));
@@ -153,7 +154,11 @@ mod tests {
                 let frame = builder.build(4000);
                 for kind in kinds {
                     let offload = builder.large(kind, 1000, false);
-                    assert_eq!(checked(&frame, offload).is_ok(), right.contains(&kind), "{builder:?} {kind:?}");
+                    assert_eq!(
+                        checked(&frame, offload).is_ok(),
+                        right.contains(&kind),
+                        "{builder:?} {kind:?}"
+                    );
                 }
             }
         }
@@ -165,7 +170,8 @@ mod tests {
         let frame = builder.build(4000);
         let good = builder.large(GsoKind::Tcp4, 1000, true);
         let gso = good.gso.unwrap();
-        let refused = |bytes: &[u8], offload| assert_eq!(checked(bytes, offload), Err(DropReason::BadOffload));
+        let refused =
+            |bytes: &[u8], offload| assert_eq!(checked(bytes, offload), Err(DropReason::BadOffload));
         assert_eq!(checked(&frame, good), Ok(()));
         refused(&frame, Offload { gso: Some(Gso { size: 0, ..gso }), ..good });
         refused(&frame, Offload { gso: Some(Gso { size: 2, ..gso }), ..good });

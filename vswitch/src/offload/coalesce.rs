@@ -149,8 +149,8 @@ impl Coalescer {
         header.read(burst, frame, READ);
         let headers = header.parse();
         let flow = headers.flow(header.bytes());
-        let segment = TcpSegment::read(header.bytes(), headers, frame.offload)
-            .filter(|_| wanted(frame, headers.l3));
+        let segment =
+            TcpSegment::read(header.bytes(), headers, frame.offload).filter(|_| wanted(frame, headers.l3));
         let Some(mut segment) = segment else {
             self.end(|group| touches(&group.flow, &flow));
             return Role::Alone;

@@ -8,7 +8,8 @@ use vmq::frame::{Burst, Checksum, Frame, Gso, GsoKind, Offload};
 use super::check::{TCP_CHECKSUM, UDP_CHECKSUM, large};
 use super::checksum;
 use super::header::{
-    Cursor, HEADER_MAX, Header, Pieces, SLOT, get16, get32, ipv4_header_len, pseudo_sum, put, put16, set_ip_len,
+    Cursor, HEADER_MAX, Header, Pieces, SLOT, get16, get32, ipv4_header_len, pseudo_sum, put, put16,
+    set_ip_len,
 };
 use super::tag::Retag;
 use crate::DropReason;

@@ -64,7 +64,8 @@ impl Retag {
     /// What gives `frame` the tag of `vlan`, or none if 0. The frame's own bytes decide whether it has a tag.
     fn to(frame: &Frame, vlan: u16) -> Self {
         let head = frame.head();
-        let tagged = head.len() >= usize::from(ETHERNET_LEN) + TAG_LEN && get16(head, TAG_AT) == ethertype::VLAN;
+        let tagged =
+            head.len() >= usize::from(ETHERNET_LEN) + TAG_LEN && get16(head, TAG_AT) == ethertype::VLAN;
         let control = get16(head, TAG_AT + 2);
         match (tagged, vlan) {
             (false, 0) => Self::Keep,

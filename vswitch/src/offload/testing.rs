@@ -213,6 +213,11 @@ pub struct Seen {
     pub flags: Option<u8>,
 }
 
+/// The big-endian words of `bytes`, added up.
+fn words(bytes: &[u8]) -> u32 {
+    bytes.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum()
+}
+
 /// Takes a frame apart and checks its lengths, the IPv4 header checksum, and the transport checksum, which may have been
 /// left to be done.
 pub fn verify(bytes: &[u8], checksum: Checksum) -> Result<Seen, String> {
@@ -221,7 +226,13 @@ pub fn verify(bytes: &[u8], checksum: Checksum) -> Result<Seen, String> {
     let id = match net {
         NetSlice::Ipv4(ip) => {
             let header = ip.header().to_header();
-            if header.header_checksum != header.calc_header_checksum() {
+            // etherparse does not keep the reserved flag, so there the header is summed here.
+            let reserved = ip.header().slice()[6] & 0x80 != 0;
+            let right = match reserved {
+                true => words(ip.header().slice()) % 0xffff == 0,
+                false => header.header_checksum == header.calc_header_checksum(),
+            };
+            if !right {
                 return Err("IPv4 header checksum".into());
             }
             Some(header.identification)
@@ -239,7 +250,9 @@ pub fn verify(bytes: &[u8], checksum: Checksum) -> Result<Seen, String> {
             let at = usize::from(start) + usize::from(offset);
             let mut bytes = bytes.to_vec();
             let udp = matches!(packet.transport, Some(TransportSlice::Udp(_)));
-            if bytes.as_ptr_range().end.addr() - bytes.as_ptr().addr() != ip_payload.len() + usize::from(start) {
+            if bytes.as_ptr_range().end.addr() - bytes.as_ptr().addr()
+                != ip_payload.len() + usize::from(start)
+            {
                 return Err("checksum start".into());
             }
             let sum = checksum::sum(&bytes[usize::from(start)..], 0);

@@ -80,7 +80,11 @@ impl Want {
                 frame.len.min(header_len + u32::from(gso.size))
             }
         };
-        if len.saturating_sub(tags_len(frame)) <= self.max_frame { Ok(()) } else { Err(DropReason::EgressMtu) }
+        if len.saturating_sub(tags_len(frame)) <= self.max_frame {
+            Ok(())
+        } else {
+            Err(DropReason::EgressMtu)
+        }
     }
 
     /// Whether plain TCP segments over `l3` are to be merged.

@@ -34,6 +34,8 @@ pub(super) enum Step {
     Restart,
     /// The device ends without notice, and a successor starts from what is in shared memory.
     Crash,
+    /// As `Crash`, but in the midst of publishing, after so many steps; the driver works on before the successor comes.
+    CrashIn(u32),
 }
 
 /// A chain on its way.
@@ -112,6 +114,7 @@ impl Exchange {
             Step::DriverSleeps(sleeps) => self.driver_sleeps(sleeps),
             Step::Restart => self.restart(),
             Step::Crash => self.crash(),
+            Step::CrashIn(points) => self.crash_in(points),
         }
     }
 
@@ -300,15 +303,47 @@ impl Exchange {
             return self.restart();
         }
         // What was taken, or used but not shown, is available again.
-        for (.., sent) in self.taken.drain(..).rev() {
-            self.available.push_front(sent);
-        }
-        for (sent, _) in self.used.drain(self.shown..).rev() {
-            self.available.push_front(sent);
-        }
+        self.rewind_all(self.shown);
         let used_index = self.pair.arena.read_u16(self.pair.driver.addresses().device + 2);
         let base = if self.pair.driver.form() == Form::Split { u32::from(used_index) } else { 0x8000_8000 };
         self.replace_device(base);
+    }
+
+    /// Of what was used, the first `shown` stay so.
+    fn rewind_all(&mut self, shown: usize) {
+        for (.., sent) in self.taken.drain(..).rev() {
+            self.available.push_front(sent);
+        }
+        for (sent, _) in self.used.drain(shown..).rev() {
+            self.available.push_front(sent);
+        }
+    }
+
+    fn crash_in(&mut self, points: u32) {
+        if self.record.is_none() || survives(points, || _ = self.pair.publish()) {
+            // Published, or nothing to be crashed in.
+            return self.crash_after_publish();
+        }
+        // Only the driver can tell how much of the burst it was shown.
+        while let Some(used) = self.pair.driver.poll_used().unwrap() {
+            let (sent, len) = self.used.pop_front().expect("chain came back before it was used");
+            assert_eq!((used.token, used.len), (sent.token, len));
+            self.returned += 1;
+        }
+        self.shown = 0;
+        self.rewind_all(0);
+        // It makes the slots it got back available again, while there is no device.
+        (0..2).for_each(|_| self.add(&[7], 1, false));
+        self.offer();
+        self.crash();
+    }
+
+    fn crash_after_publish(&mut self) {
+        self.shown = self.used.len();
+        if self.record.is_none() {
+            self.pair.publish();
+        }
+        self.crash();
     }
 
     fn replace_device(&mut self, base: u32) {

@@ -30,6 +30,7 @@ fn step() -> impl Strategy<Value = Step> {
         (2, any::<bool>().prop_map(Step::DriverSleeps).boxed()),
         (1, Just(Step::Restart).boxed()),
         (1, Just(Step::Crash).boxed()),
+        (2, (0u32..10).prop_map(Step::CrashIn).boxed()),
     ])
 }
 

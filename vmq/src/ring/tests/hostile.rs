@@ -58,6 +58,7 @@ fn available_index_that_jumps_beyond_the_ring_is_refused() {
         let mut pair = pair(Form::Split);
         pair.driver.poke_available_index(by);
         assert_eq!(pair.take().unwrap_err(), RingFault::IndexJump { by, size: SIZE });
+        assert!(matches!(pair.pop(), Ok(None)), "the index is not believed afterwards either");
     }
     let mut pair = pair(Form::Split);
     pair.driver.poke_available_index(SIZE);

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Child, Command, Stdio};
 
+use super::exchange::{Exchange, Step};
 use super::*;
 use crate::driver::Token;
 use crate::memory::Mapping;
@@ -37,6 +38,36 @@ fn base_names_both_positions_and_their_wrap_counters() {
         .collect();
     assert_eq!(bases[..4], [0x8000_8000, 0x8001_8001, 0x8002_8002, 0]);
     assert_eq!(bases[4..], [0x0001_0001, 0x0002_0002, 0x8000_8000]);
+}
+
+#[test]
+fn packed_ring_that_ends_at_any_store_of_a_burst_is_taken_over() {
+    let add = |pieces: usize| Step::Add { pieces: vec![5; pieces], readable: 1, indirect: false };
+    for size in [5, 8, 13] {
+        for start in 0..2 * u32::from(size) {
+            for points in 0..12 {
+                let mut exchange = Exchange::new(Form::Packed, size, Features::default(), true);
+                for _ in 0..start {
+                    [add(1), Step::Offer, Step::Take(1), Step::Use(1), Step::Return, Step::Reclaim]
+                        .iter()
+                        .for_each(|step| exchange.run(step));
+                }
+                [
+                    add(1),
+                    add(2),
+                    add(1),
+                    add(1),
+                    Step::Offer,
+                    Step::Take(9),
+                    Step::Use(9),
+                    Step::CrashIn(points),
+                ]
+                .iter()
+                .for_each(|step| exchange.run(step));
+                exchange.drain();
+            }
+        }
+    }
 }
 
 #[test]
@@ -206,7 +237,7 @@ impl Survivor {
     }
 
     /// Turns until `count` chains came back. A ring that stands still would hang the test, hence the limit.
-    fn run(&mut self, device: &mut Child, count: u64) {
+    fn run(&mut self, count: u64) {
         let started = std::time::Instant::now();
         let mut returned = 0;
         while returned < count {
@@ -214,10 +245,33 @@ impl Survivor {
             returned += now;
             if now == 0 {
                 std::thread::yield_now();
-                assert!(device.try_wait().unwrap().is_none(), "device ended by itself");
                 assert!(started.elapsed().as_secs() < 60, "ring stands still");
             }
         }
+    }
+
+    /// Keeps `device` at work until it was killed, some time after now.
+    fn run_to_death(&mut self, device: &mut Child, after: std::time::Duration) {
+        let pid = rustix::process::Pid::from_child(device);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(after);
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            });
+            while device.try_wait().unwrap().is_none() {
+                (0..10).for_each(|_| _ = self.turn());
+            }
+        });
+    }
+}
+
+/// A device that is killed at the latest when the test ends.
+struct Mortal(Child);
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -225,20 +279,13 @@ impl Survivor {
 fn killed_device_loses_and_repeats_nothing() {
     for (form, size) in [(Form::Packed, 61), (Form::Split, 64)] {
         let mut survivor = Survivor::new(form, size);
-        for round in 0..40u64 {
-            let mut device = survivor.start_device();
-            let lived = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                survivor.run(&mut device, 1 + round * 977 % 1500);
-            }));
-            device.kill().unwrap();
-            device.wait().unwrap();
-            lived.unwrap();
+        for round in 0..80u64 {
+            let mut device = Mortal(survivor.start_device());
+            survivor.run(1 + round * 977 % 300);
+            survivor.run_to_death(&mut device.0, std::time::Duration::from_micros(round * 37 % 400));
         }
-        let mut device = survivor.start_device();
-        let rest = survivor.out.len() as u64;
-        survivor.run(&mut device, rest);
-        device.kill().unwrap();
-        device.wait().unwrap();
-        assert!(survivor.sent > 20_000);
+        let _device = Mortal(survivor.start_device());
+        survivor.run(survivor.out.len() as u64);
+        assert!(survivor.sent > 10_000);
     }
 }

@@ -1,5 +1,6 @@
 //! Doorbells and interrupts: none is lost, and those that nobody wants are not sent.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -167,5 +168,70 @@ fn no_wake_up_is_lost_between_threads() {
             }
             drop(kick);
         });
+    }
+}
+
+/// Holds two threads back until both are here, then lets them go within nanoseconds of each other.
+#[derive(Default)]
+struct Gate(AtomicU32);
+
+impl Gate {
+    fn pass(&self, turn: u32) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        let mut spins = 0u32;
+        while self.0.load(Ordering::Acquire) < 2 * turn {
+            spins += 1;
+            if spins.is_multiple_of(1000) {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// Each side writes, then reads what the other writes: without a full fence between the two, both may miss the other.
+#[test]
+fn sides_that_act_at_the_same_instant_never_both_miss_the_other() {
+    const TURNS: u32 = 20_000;
+    for (form, features) in both() {
+        let Pair { arena, memory, mut driver, mut device } = Pair::new(form, 4, features);
+        let buffer = Buffer { addr: arena.alloc(64, 64).unwrap(), len: 64, writable: true };
+        let gate = Gate::default();
+        let [armed, interrupted] = [AtomicBool::new(false), AtomicBool::new(false)];
+        let (gate, armed, interrupted) = (&gate, &armed, &interrupted);
+        let missed = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for turn in 0..TURNS {
+                    gate.pass(4 * turn + 1);
+                    armed.store(with_ring!(&mut device, ring => ring.arm()), Ordering::Relaxed);
+                    gate.pass(4 * turn + 2);
+                    with_ring!(&mut device, ring => {
+                        ring.disarm();
+                        ring.refresh().unwrap();
+                        let chain = ring.pop(&memory).unwrap().unwrap();
+                        ring.push_used(&chain, 1);
+                        gate.pass(4 * turn + 3);
+                        interrupted.store(ring.publish(), Ordering::Relaxed);
+                    });
+                    gate.pass(4 * turn + 4);
+                }
+            });
+            let mut missed = (0, 0);
+            for turn in 0..TURNS {
+                driver.disable_interrupts();
+                driver.add(&[buffer], false).unwrap();
+                gate.pass(4 * turn + 1);
+                let kick = driver.publish();
+                gate.pass(4 * turn + 2);
+                missed.0 += u32::from(!kick && !armed.load(Ordering::Relaxed));
+                gate.pass(4 * turn + 3);
+                let waiting = driver.enable_interrupts();
+                gate.pass(4 * turn + 4);
+                missed.1 += u32::from(!waiting && !interrupted.load(Ordering::Relaxed));
+                driver.poll_used().unwrap().unwrap();
+            }
+            missed
+        });
+        assert_eq!(missed, (0, 0), "{form:?} {features:?}: doorbells and interrupts missed");
     }
 }

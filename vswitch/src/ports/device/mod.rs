@@ -16,6 +16,9 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 
+use vmq::frame::Accepts;
+use vmq::os;
+
 pub use sink::DeviceSink;
 pub use source::DeviceSource;
 
@@ -54,4 +57,10 @@ pub enum DeviceError {
 /// Makes an [`io::Error`] a [`DeviceError::Setup`].
 fn setup<'a>(device: &'a Arc<str>, action: &'static str) -> impl Fn(io::Error) -> DeviceError + 'a {
     move |source| DeviceError::Setup { device: Arc::clone(device), action, source }
+}
+
+/// What the kernel takes with a frame: it checksums and segments for any device. It learnt UDP's with Linux 6.2.
+fn kernel_accepts() -> Accepts {
+    let udp = if os::kernel_version() >= (6, 2) { Accepts::UDP } else { Accepts::empty() };
+    Accepts::CHECKSUM | Accepts::TCP4 | Accepts::TCP6 | Accepts::ECN | udp
 }

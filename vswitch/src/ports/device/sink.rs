@@ -45,12 +45,7 @@ impl DeviceSink {
     ///
     /// # Errors
     /// [`DeviceError::Gone`] if the device was deleted.
-    pub fn put(
-        &mut self,
-        burst: &Burst<'_>,
-        mut list: &[u8],
-        tally: &mut Tally,
-    ) -> Result<(), DeviceError> {
+    pub fn put(&mut self, burst: &Burst<'_>, mut list: &[u8], tally: &mut Tally) -> Result<(), DeviceError> {
         let accepts = self.accepts;
         let mut gone = false;
         while !list.is_empty() && !gone {

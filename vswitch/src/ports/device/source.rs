@@ -88,7 +88,11 @@ impl DeviceSource {
             (Link::Tap, Some(Errno::BADFD | Errno::NODEV)) => Err(DeviceError::Gone { device }),
             // Told once when the device goes down, and when it goes away.
             (Link::Packet, Some(Errno::NETDOWN | Errno::NODEV | Errno::NXIO)) => {
-                if packet::is_bound(self.reader.fd().as_fd()) { Ok(()) } else { Err(DeviceError::Gone { device }) }
+                if packet::is_bound(self.reader.fd().as_fd()) {
+                    Ok(())
+                } else {
+                    Err(DeviceError::Gone { device })
+                }
             }
             // Short of memory for a moment.
             (_, Some(Errno::NOMEM | Errno::NOBUFS)) => Ok(()),

@@ -5,11 +5,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use vmq::frame::Accepts;
 use vmq::os::{self, tap};
 use vmq::uring::{Link, Reader, Tuning, Writer};
 
-use super::{DeviceError, DeviceQueue, DeviceSink, DeviceSource, setup};
+use super::{DeviceError, DeviceQueue, DeviceSink, DeviceSource, kernel_accepts, setup};
 use crate::spec::TapSpec;
 
 /// How a TAP device is opened.
@@ -50,7 +49,7 @@ pub fn open(spec: &TapSpec, options: &Options) -> Result<Vec<DeviceQueue>, Devic
     let mut queues = Vec::with_capacity(fds.len());
     for (device, fd) in fds {
         let info = tap::prepare(fd.as_fd()).map_err(setup(&device, "use"))?;
-        let offloads = tap::set_offloads(fd.as_fd(), options.offloads);
+        tap::set_offloads(fd.as_fd(), options.offloads);
         let device: Arc<str> = info.name.into();
         if queues.is_empty() {
             configure(&device, named, options.mtu)?;
@@ -58,12 +57,9 @@ pub fn open(spec: &TapSpec, options: &Options) -> Result<Vec<DeviceQueue>, Devic
         let fd = Arc::new(fd);
         let reader = Reader::new(Arc::clone(&fd), Link::Tap, options.tuning);
         let writer = Writer::new(fd, Link::Tap, options.tuning);
-        // What may be written does not depend on what was asked to be read, but both came with the same kernel.
-        let udp = if offloads.udp || super::uplink::kernel_has_udp_segmentation() { Accepts::UDP } else { Accepts::empty() };
-        let accepts = Accepts::CHECKSUM | Accepts::TCP4 | Accepts::TCP6 | Accepts::ECN | udp;
         queues.push((
             DeviceSource::new(Arc::clone(&device), Link::Tap, reader),
-            DeviceSink::new(device, Link::Tap, accepts, writer),
+            DeviceSink::new(device, Link::Tap, kernel_accepts(), writer),
         ));
     }
     Ok(queues)
@@ -97,10 +93,13 @@ fn adopt(numbers: &[i32]) -> Result<Vec<(Arc<str>, OwnedFd)>, DeviceError> {
 
 fn configure(device: &Arc<str>, named: bool, mtu: u16) -> Result<(), DeviceError> {
     let elsewhere = |error: &io::Error| !named && error.raw_os_error() == Some(Errno::NODEV.raw_os_error());
-    match os::set_mtu(device, mtu).map_err(|error| (error, "set the MTU of")).and_then(|()| {
-        os::set_up(device, true).map_err(|error| (error, "set up"))
-    }) {
-        Err((error, action)) if !elsewhere(&error) => Err(setup(device, action)(error)),
-        _ => Ok(()),
+    for (action, result) in
+        [("set the MTU of", os::set_mtu(device, mtu)), ("set up", os::set_up(device, true))]
+    {
+        match result {
+            Err(error) if !elsewhere(&error) => return Err(setup(device, action)(error)),
+            _ => {}
+        }
     }
+    Ok(())
 }

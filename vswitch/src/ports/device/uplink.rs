@@ -5,11 +5,10 @@
 
 use std::sync::Arc;
 
-use vmq::frame::Accepts;
 use vmq::os::{self, packet};
 use vmq::uring::{Link, Reader, Tuning, Writer};
 
-use super::{DeviceError, DeviceQueue, DeviceSink, DeviceSource, setup};
+use super::{DeviceError, DeviceQueue, DeviceSink, DeviceSource, kernel_accepts, setup};
 
 /// How an uplink is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,8 +47,7 @@ pub fn open(name: &str, options: &Options) -> Result<Vec<DeviceQueue>, DeviceErr
     if sockets.len() > 1 {
         packet::share(&sockets).map_err(setup(&device, "share the frames of"))?;
     }
-    let udp = if kernel_has_udp_segmentation() { Accepts::UDP } else { Accepts::empty() };
-    let accepts = Accepts::CHECKSUM | Accepts::TCP4 | Accepts::TCP6 | Accepts::ECN | udp;
+    let accepts = kernel_accepts();
     let queue = |fd| {
         let fd = Arc::new(fd);
         let reader = Reader::new(Arc::clone(&fd), Link::Packet, options.tuning);
@@ -60,12 +58,4 @@ pub fn open(name: &str, options: &Options) -> Result<Vec<DeviceQueue>, DeviceErr
         )
     };
     Ok(sockets.into_iter().map(queue).collect())
-}
-
-/// Linux 6.2 and later know `VIRTIO_NET_HDR_GSO_UDP_L4`.
-pub(super) fn kernel_has_udp_segmentation() -> bool {
-    let name = rustix::system::uname();
-    let release = name.release().to_string_lossy();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(6), Some(2))
 }

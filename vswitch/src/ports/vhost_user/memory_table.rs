@@ -114,7 +114,8 @@ impl MemoryTable {
         if regions.len() != fds.len() {
             return Err(TableError::Descriptors { regions: regions.len(), fds: fds.len() });
         }
-        let extents = regions.iter().zip(fds).map(|(wire, fd)| Extent::of(wire, fd)).collect::<Result<Vec<_>, _>>()?;
+        let extents =
+            regions.iter().zip(fds).map(|(wire, fd)| Extent::of(wire, fd)).collect::<Result<Vec<_>, _>>()?;
         let mut files: Vec<File> = self.slots.iter().map(|slot| slot.file.clone()).collect();
         let mut slots = Vec::new();
         for (wire, extent) in regions.iter().zip(&extents) {
@@ -216,7 +217,8 @@ impl<'f> Extent<'f> {
 
     /// The mapping of the extent's file: one of `files` if it is long enough, else a new one that joins them.
     fn map(&self, files: &mut Vec<File>) -> Result<File, TableError> {
-        let usable = |file: &&File| file.id == self.id && file.mapping.len() >= self.len && !file.mapping.lost();
+        let usable =
+            |file: &&File| file.id == self.id && file.mapping.len() >= self.len && !file.mapping.lost();
         if let Some(file) = files.iter().find(usable) {
             return Ok(file.clone());
         }

@@ -71,6 +71,9 @@ impl ActiveRing {
     pub fn put(&mut self, burst: &Burst<'_>, list: &[u8], tally: &mut Tally) -> Result<bool, RingFault> {
         let (memory, features) = (&*self.memory, &self.features);
         with_ring!(&mut self.ring, ring => put(ring, memory, features, burst, list, tally))?;
+        if self.memory.lost() {
+            return Err(RingFault::MemoryLost);
+        }
         Ok(self.complete())
     }
 

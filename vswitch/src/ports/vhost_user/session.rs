@@ -8,26 +8,29 @@
 //! Traps that clients set: DPDK sends `SET_VRING_CALL` before features and memory; QEMU repeats `SET_FEATURES` for
 //! each queue pair while the first ones run, and swaps call descriptors while they run.
 
-use std::fmt::Write;
+mod error;
+mod rings;
+mod vring;
+
 use std::os::fd::OwnedFd;
 
 use vmq::Mac;
 use vmq::doorbell::Doorbell;
 use vmq::memory::DirtyLog;
 use zerocopy::IntoBytes;
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::U64;
 
 use super::features::{Features, Negotiated, Protocol};
-use super::memory_table::{MAX_SLOTS, MemoryTable, TableError, map_log};
+use super::memory_table::{MAX_SLOTS, MemoryTable, map_log};
 use super::message::{
-    ConfigArea, Incoming, InflightArea, Kind, LogArea, MAX_CONFIG, MessageError, Reply, Request, VringAddress,
-    VringFd, VringState,
+    ConfigArea, Incoming, InflightArea, Kind, LogArea, MAX_CONFIG, MessageError, Reply, Request,
 };
 use super::queue::ActiveRing;
-use super::vring::{
-    Context, DoorbellError, InflightError, InflightRecord, Kick, SetupError, State, Vring, doorbell, ring_addresses,
-};
 use crate::spec::PortSpec;
+use vring::{InflightRecord, State, Vring};
+
+pub use error::SessionError;
+pub use vring::{DoorbellError, InflightError, SetupError};
 
 /// What a port offers its front-end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,106 +85,6 @@ pub trait Rings {
     }
 }
 
-/// Why a session ends, or a request is refused.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// The message itself is wrong.
-    #[error(transparent)]
-    Message(#[from] MessageError),
-    /// A request that this back-end does not serve.
-    #[error("{} is not supported", .0.name())]
-    Unsupported(Kind),
-    /// A request that needs a protocol feature which was not acknowledged.
-    #[error("{} without its protocol feature", .0.name())]
-    NotNegotiated(Kind),
-    /// Features were acknowledged that were not offered.
-    #[error("features acknowledged that were not offered: {0}")]
-    Unoffered(String),
-    /// Features changed under running rings.
-    #[error("features changed while rings run: {0}")]
-    FeaturesWhileRunning(String),
-    /// A ring the port does not have.
-    #[error("ring {index} of a port with {rings}")]
-    NoSuchRing {
-        /// Its index.
-        index: u32,
-        /// Rings of the port.
-        rings: usize,
-    },
-    /// A running ring cannot be changed that way.
-    #[error("{} for ring {index}, which runs", kind.name())]
-    Running {
-        /// The ring.
-        index: usize,
-        /// The request.
-        kind: Kind,
-    },
-    /// A number that means nothing for this request.
-    #[error("{} with value {value:#x}", kind.name())]
-    Value {
-        /// The request.
-        kind: Kind,
-        /// The number.
-        value: u64,
-    },
-    /// A doorbell is none.
-    #[error("doorbell of ring {index}")]
-    Doorbell {
-        /// The ring.
-        index: usize,
-        /// Why.
-        #[source]
-        source: DoorbellError,
-    },
-    /// The memory table makes no sense.
-    #[error("guest memory")]
-    Memory(#[from] TableError),
-    /// The in-flight record makes no sense.
-    #[error("in-flight record")]
-    Inflight(#[from] InflightError),
-    /// A ring cannot be set up.
-    #[error("ring {index} cannot be set up")]
-    Setup {
-        /// The ring.
-        index: usize,
-        /// Why.
-        #[source]
-        source: SetupError,
-    },
-    /// The port gave up a ring of its own accord.
-    #[error("ring {0} was stopped by the switch")]
-    RingGone(usize),
-    /// A larger MTU than the port's.
-    #[error("mtu of {asked}, the port has {limit}")]
-    Mtu {
-        /// What the front-end wants.
-        asked: u64,
-        /// What the port has.
-        limit: u16,
-    },
-}
-
-impl SessionError {
-    /// The error with all its causes, in one line.
-    pub fn report(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(cause) = source {
-            let _ = write!(text, ": {cause}");
-            source = cause.source();
-        }
-        text
-    }
-
-    /// True if the session can go on once the front-end was told.
-    fn is_refusal(&self) -> bool {
-        matches!(
-            self,
-            Self::Unsupported(_) | Self::NotNegotiated(_) | Self::Mtu { .. } | Self::Message(MessageError::Unknown(_))
-        )
-    }
-}
-
 /// The state of one connection.
 #[derive(Debug)]
 pub struct Session {
@@ -223,6 +126,11 @@ impl Session {
         &self.negotiated
     }
 
+    /// True while the port has ring `index`.
+    pub fn is_running(&self, index: usize) -> bool {
+        self.vrings.get(index).is_some_and(|vring| matches!(vring.state, State::Started(_)))
+    }
+
     /// Takes one message; the answer is to be sent, if there is one. Descriptors are closed unless they are put to
     /// use.
     ///
@@ -230,7 +138,8 @@ impl Session {
     /// The session is over: [`Session::close`] it and cut the connection.
     pub fn handle(&mut self, message: Incoming, rings: &mut dyn Rings) -> Outcome {
         let number = message.header.request.get();
-        let acknowledge = message.header.needs_reply() && self.negotiated.protocol.contains(Protocol::REPLY_ACK);
+        let acknowledge =
+            message.header.needs_reply() && self.negotiated.protocol.contains(Protocol::REPLY_ACK);
         match self.dispatch(message, rings) {
             Ok(None) if acknowledge => Ok(Some(Reply::number(number, 0))),
             Err(error) if acknowledge && error.is_refusal() => {
@@ -429,204 +338,6 @@ impl Session {
         let known = [&mac[..], &[1, 0], &queues, &mtu, &[0xff; 4], &[0xff]].concat();
         space[..known.len()].copy_from_slice(&known);
         space
-    }
-}
-
-/// What concerns rings.
-impl Session {
-    fn index(&self, index: u32) -> Result<usize, SessionError> {
-        let rings = self.vrings.len();
-        match usize::try_from(index) {
-            Ok(at) if at < rings => Ok(at),
-            _ => Err(SessionError::NoSuchRing { index, rings }),
-        }
-    }
-
-    fn running(&self) -> bool {
-        self.vrings.iter().any(|vring| matches!(vring.state, State::Started(_)))
-    }
-
-    /// Requests that set one ring's parts.
-    fn vring(&mut self, request: Request, fds: Vec<OwnedFd>, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        let kind = request.kind();
-        match request {
-            Request::SetVringNum(VringState { index, num }) => {
-                let index = self.index(index.get())?;
-                let value = SessionError::Value { kind, value: num.get().into() };
-                let size = u16::try_from(num.get()).map_err(|_| value)?;
-                self.draft(index, kind)?.size = Some(size);
-            }
-            Request::SetVringBase(VringState { index, num }) => {
-                let index = self.index(index.get())?;
-                self.draft(index, kind)?.base = Some(num.get());
-            }
-            Request::SetVringAddr(wire) => self.set_addresses(&wire, rings)?,
-            Request::SetVringKick(fd) => self.set_kick(fd, fds, rings)?,
-            Request::SetVringCall(fd) => self.set_call(fd, fds, rings)?,
-            Request::SetVringErr(VringFd { index, polled }) => {
-                // Checked and let go: a ring with an error ends the connection, which says it louder.
-                let index = self.index(index.into())?;
-                doorbell(polled, fds).map_err(|source| SessionError::Doorbell { index, source })?;
-            }
-            Request::SetVringEnable(VringState { index, num }) => {
-                let index = self.index(index.get())?;
-                let on = match num.get() {
-                    0 => false,
-                    1 => true,
-                    value => return Err(SessionError::Value { kind, value: value.into() }),
-                };
-                self.enable(index, on, rings);
-            }
-            _ => return Err(SessionError::Unsupported(kind)),
-        }
-        Ok(())
-    }
-
-    /// What is known of ring `index`, which must not run.
-    fn draft(&mut self, index: usize, kind: Kind) -> Result<&mut super::vring::Draft, SessionError> {
-        match &mut self.vrings[index].state {
-            State::Stopped(draft) => Ok(draft),
-            State::Started(_) => Err(SessionError::Running { index, kind }),
-        }
-    }
-
-    fn set_addresses(&mut self, wire: &VringAddress, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        let index = self.index(wire.index.get())?;
-        let addresses = ring_addresses(wire);
-        match &mut self.vrings[index].state {
-            State::Stopped(draft) => draft.addresses = Some(addresses),
-            // Only the log flag changes under way, but that is the front-end's affair.
-            State::Started(setup) => {
-                setup.addresses = addresses;
-                self.rebuild_one(index, rings)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn set_kick(&mut self, fd: VringFd, fds: Vec<OwnedFd>, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        let index = self.index(fd.index.into())?;
-        let doorbell = doorbell(fd.polled, fds).map_err(|source| SessionError::Doorbell { index, source })?;
-        let kick = doorbell.map_or(Kick::Poll, |doorbell| Kick::Doorbell(doorbell.into()));
-        match &mut self.vrings[index].state {
-            State::Stopped(draft) => draft.kick = Some(kick),
-            State::Started(setup) => {
-                setup.kick = kick;
-                self.rebuild_one(index, rings)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn set_call(&mut self, fd: VringFd, fds: Vec<OwnedFd>, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        let index = self.index(fd.index.into())?;
-        let call = doorbell(fd.polled, fds).map_err(|source| SessionError::Doorbell { index, source })?;
-        let vring = &mut self.vrings[index];
-        if let State::Stopped(_) = vring.state {
-            vring.call = call;
-            return Ok(());
-        }
-        // The port may have rung the old one just before the swap; the new one must not miss that.
-        let again = call.as_ref().and_then(|call| call.try_clone().ok());
-        rings.set_call(index, call);
-        if let Some(call) = again {
-            call.ring();
-        }
-        Ok(())
-    }
-
-    fn enable(&mut self, index: usize, on: bool, rings: &mut dyn Rings) {
-        let vring = &mut self.vrings[index];
-        vring.enabled = on;
-        if let State::Started(_) = vring.state {
-            rings.set_enabled(index, on);
-        }
-    }
-
-    fn enable_all(&mut self, on: bool, rings: &mut dyn Rings) {
-        for index in 0..self.vrings.len() {
-            self.enable(index, on, rings);
-        }
-    }
-
-    fn get_base(&mut self, state: VringState, rings: &mut dyn Rings) -> Result<Reply, SessionError> {
-        let index = self.index(state.index.get())?;
-        let base = self.stop(index, rings)?;
-        let answer = VringState { index: state.index, num: U32::new(base) };
-        Ok(Reply::new(Kind::GetVringBase as u32, answer.as_bytes()))
-    }
-
-    /// Stops ring `index`, if it runs; returns where.
-    fn stop(&mut self, index: usize, rings: &mut dyn Rings) -> Result<u32, SessionError> {
-        let vring = &mut self.vrings[index];
-        let draft = match &mut vring.state {
-            State::Stopped(draft) => {
-                draft.kick = None;
-                return Ok(draft.base.unwrap_or(0));
-            }
-            State::Started(setup) => setup.clone(),
-        };
-        let ring = rings.remove(index);
-        let base = ring.as_ref().map_or(0, ActiveRing::base);
-        vring.state = State::Stopped(draft.stopped(base));
-        match ring {
-            Some(ring) => vring.call = ring.call,
-            None => return Err(SessionError::RingGone(index)),
-        }
-        Ok(base)
-    }
-
-    /// Starts every ring that is complete.
-    fn start_complete(&mut self, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        if !self.features_known || self.table.is_empty() {
-            return Ok(());
-        }
-        for index in 0..self.vrings.len() {
-            let State::Stopped(draft) = &self.vrings[index].state else { continue };
-            let Some((setup, base)) = draft.complete() else { continue };
-            let call = self.vrings[index].call.take();
-            self.start(index, setup, base, call, rings)?;
-        }
-        Ok(())
-    }
-
-    fn start(
-        &mut self,
-        index: usize,
-        setup: super::vring::Setup,
-        base: Option<u32>,
-        call: Option<Doorbell>,
-        rings: &mut dyn Rings,
-    ) -> Result<(), SessionError> {
-        let context = Context {
-            index,
-            memory: self.table.memory(),
-            negotiated: &self.negotiated,
-            inflight: self.inflight.as_ref(),
-        };
-        let ring = setup.activate(&context, base, call).map_err(|source| SessionError::Setup { index, source })?;
-        // Whoever had the ring before may have used buffers and not told the guest.
-        if let Some(call) = &ring.call {
-            call.ring();
-        }
-        let vring = &mut self.vrings[index];
-        vring.state = State::Started(setup);
-        let always = !self.negotiated.features.contains(Features::PROTOCOL_FEATURES);
-        rings.install(index, ring, always || vring.enabled);
-        Ok(())
-    }
-
-    /// Sets all running rings up again, on changed memory.
-    fn rebuild(&mut self, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        (0..self.vrings.len()).try_for_each(|index| self.rebuild_one(index, rings))
-    }
-
-    fn rebuild_one(&mut self, index: usize, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        let State::Started(setup) = &self.vrings[index].state else { return Ok(()) };
-        let setup = setup.clone();
-        let base = self.stop(index, rings)?;
-        let call = self.vrings[index].call.take();
-        self.start(index, setup, Some(base), call, rings)
     }
 }
 

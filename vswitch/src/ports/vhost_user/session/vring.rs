@@ -8,13 +8,13 @@ use vmq::memory::{GuestMemory, Mapping};
 use vmq::ring::{Inflight, LayoutError, Ring, RingAddresses, Virtqueue};
 use vmq::with_ring;
 
-use super::features::{Features, Negotiated};
-use super::memory_table::{TableError, map_file};
-use super::message::{InflightArea, VringAddress};
-use super::queue::ActiveRing;
+use crate::ports::vhost_user::features::{Features, Negotiated};
+use crate::ports::vhost_user::memory_table::{TableError, map_file};
+use crate::ports::vhost_user::message::{InflightArea, VringAddress};
+use crate::ports::vhost_user::queue::ActiveRing;
 
 /// A packed ring's base before anything happened: position 0, wrap counter 1, for both sides (VIRTIO 1.2, 2.8.1).
-const PACKED_START: u32 = 0x8000_8000;
+pub(super) const PACKED_START: u32 = 0x8000_8000;
 
 /// The guest's doorbell.
 #[derive(Debug, Clone)]

@@ -1,0 +1,146 @@
+//! The REST API: version 1, on a Unix socket. `docs/operators/openapi.json` is the contract; a test compares it with
+//! [`routes`].
+
+mod backend;
+mod capture;
+mod failure;
+mod handlers;
+mod metrics;
+mod server;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::{MethodRouter, delete, get, patch, post, put};
+use tokio::sync::Semaphore;
+
+pub use backend::{Backend, Outcome, Recording};
+pub use failure::{Failure, Kind};
+pub use server::{BindError, Listener, serve};
+
+/// The contract of the API.
+pub const OPENAPI: &str = include_str!("../../../docs/operators/openapi.json");
+
+/// What clients cannot exceed, so that none of them keeps others from the daemon.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Connections served at once; others wait in the socket's queue.
+    pub connections: usize,
+    /// Captures that run at once.
+    pub captures: usize,
+    /// Bytes of a request's body.
+    pub body: usize,
+    /// Time for a request's head.
+    pub head_time: Duration,
+    /// Time for a request's body.
+    pub body_time: Duration,
+    /// Time for everything on a connection, captures excepted.
+    pub exchange_time: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 256,
+            captures: 16,
+            body: 1 << 20,
+            head_time: Duration::from_secs(5),
+            body_time: Duration::from_secs(10),
+            exchange_time: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What the handlers share.
+pub struct Api {
+    backend: Arc<dyn Backend>,
+    limits: Limits,
+    captures: Arc<Semaphore>,
+    stopping: AtomicBool,
+}
+
+impl std::fmt::Debug for Api {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Api").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl Api {
+    /// An API over `backend`.
+    pub fn new(backend: Arc<dyn Backend>, limits: Limits) -> Arc<Self> {
+        let captures = Arc::new(Semaphore::new(limits.captures));
+        Arc::new(Self { backend, limits, captures, stopping: AtomicBool::new(false) })
+    }
+
+    /// Captures end, each with its statistics.
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Does `work` on a thread that may block.
+    async fn blocking<T, E, F>(self: &Arc<Self>, work: F) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        E: Into<Failure> + Send + 'static,
+        F: FnOnce(&dyn Backend) -> Result<T, E> + Send + 'static,
+    {
+        let api = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || work(api.backend.as_ref()).map_err(Into::into)).await {
+            Ok(outcome) => outcome,
+            // The fault is logged by the panic hook; the client learns that it was not its own.
+            Err(_) => Err(Failure::new(Kind::Failed, "the daemon has a bug: see its log")),
+        }
+    }
+}
+
+/// Every address with its method.
+pub fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Api>>)> {
+    use handlers as h;
+    vec![
+        ("get", "/v1/version", get(h::version)),
+        ("get", "/v1/openapi.json", get(h::openapi)),
+        ("get", "/v1/report", get(h::report)),
+        ("get", "/v1/metrics", get(metrics::metrics)),
+        ("get", "/v1/switches", get(h::list_switches)),
+        ("post", "/v1/switches", post(h::add_switch)),
+        ("get", "/v1/switches/{switch}", get(h::show_switch)),
+        ("delete", "/v1/switches/{switch}", delete(h::remove_switch)),
+        ("get", "/v1/switches/{switch}/ports", get(h::list_ports)),
+        ("post", "/v1/switches/{switch}/ports", post(h::add_port)),
+        ("get", "/v1/switches/{switch}/ports/{port}", get(h::show_port)),
+        ("patch", "/v1/switches/{switch}/ports/{port}", patch(h::change_port)),
+        ("delete", "/v1/switches/{switch}/ports/{port}", delete(h::remove_port)),
+        ("post", "/v1/switches/{switch}/ports/{port}/restart", post(h::restart_port)),
+        ("put", "/v1/switches/{switch}/ports/{port}/queues/{queue}/pin", put(h::pin_queue)),
+        ("get", "/v1/switches/{switch}/addresses", get(h::list_addresses)),
+        ("post", "/v1/switches/{switch}/addresses", post(h::add_address)),
+        ("delete", "/v1/switches/{switch}/addresses", delete(h::flush_addresses)),
+        ("delete", "/v1/switches/{switch}/addresses/{mac}", delete(h::remove_address)),
+        ("get", "/v1/switches/{switch}/capture", get(capture::capture)),
+    ]
+}
+
+/// The API as a service.
+pub fn router(api: Arc<Api>) -> Router {
+    routes()
+        .into_iter()
+        .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler))
+        .fallback(h_no_route)
+        .method_not_allowed_fallback(h_method)
+        .with_state(api)
+}
+
+async fn h_no_route(uri: axum::http::Uri) -> Failure {
+    let path = uri.path().escape_debug().take(200).collect::<String>();
+    Failure::new(Kind::NoRoute, format!("there is no {path}; /v1/openapi.json lists what there is"))
+}
+
+async fn h_method(method: axum::http::Method) -> Failure {
+    Failure::new(Kind::Method, format!("{method} is not possible here; /v1/openapi.json lists what is"))
+}

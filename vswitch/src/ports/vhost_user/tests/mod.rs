@@ -1,0 +1,6 @@
+mod control;
+mod conversation;
+mod hostile;
+mod migration;
+mod rig;
+mod wire;

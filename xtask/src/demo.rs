@@ -1,0 +1,166 @@
+//! `cargo xtask demo`: the main job on real input, in about a minute.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use switchyard_tests::guest::{Guest, GuestSpec};
+use switchyard_tests::iperf::{Load, iperf};
+use switchyard_tests::lab::Lab;
+use switchyard_tests::netns::Netns;
+use switchyard_tests::nic::{Nic, Role};
+use switchyard_tests::ping::{Ping, ping};
+use switchyard_tests::process::Process;
+use switchyard_tests::setup::{self, Need};
+use switchyard_tests::station::Station;
+use switchyard_tests::yardd::Yardd;
+
+use crate::build;
+
+/// Options of `cargo xtask demo`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Where the capture is left.
+    #[arg(long, default_value = "demo.pcapng")]
+    capture: PathBuf,
+}
+
+/// A capture of programs that talked HTTP, DNS and SSH-like chatter, recorded in two namespaces.
+const REPLAYED: &str = "examples/talk.pcapng";
+
+/// Prints what is being done, with the seconds since the start.
+struct Progress(Instant);
+
+impl Progress {
+    fn say(&self, what: impl std::fmt::Display) {
+        println!("[{:5.1} s] {what}", self.0.elapsed().as_secs_f32());
+    }
+}
+
+/// Everything that takes part. Dropping it ends it all.
+struct Stage {
+    yardd: Yardd,
+    stations: Vec<(Box<dyn Station>, &'static str)>,
+}
+
+/// Sets up what is needed, joins guests, namespaces and a capture to one switch, and shows traffic among them.
+pub fn run(options: &Options) -> Result<()> {
+    setup::ensure(&[setup::NETWORK, setup::GUESTS, setup::CAPTURES].concat())?;
+    if let Some(reason) = setup::lacks(&[Need::Root, Need::Tap, Need::Namespaces]) {
+        anyhow::bail!("the demo cannot run here: {reason}");
+    }
+    let programs = build::release()?;
+    let progress = Progress(Instant::now());
+    let lab = Lab::shared()?;
+    let capture = std::path::absolute(&options.capture)?;
+    let stage = set_up(&lab, &programs, &capture, &progress)?;
+    talk(&stage, &progress)?;
+    show(&stage, &progress)?;
+    drop(stage);
+    look_at_capture(&capture, &progress)
+}
+
+fn config(lab: &Lab, capture: &Path) -> String {
+    format!(
+        r#"
+[switch.lab]
+type = "private"
+[switch.lab.port.red]
+vhost-user = {{ path = {red:?}, mode = "server", queues = 1 }}
+mac = "02:00:00:00:00:01"
+[switch.lab.port.blue]
+vhost-user = {{ path = {blue:?}, mode = "server", queues = 1 }}
+mac = "02:00:00:00:00:02"
+[switch.lab.port.left]
+tap = {{ name = "yard-left" }}
+[switch.lab.port.right]
+tap = {{ name = "yard-right" }}
+[switch.lab.port.replay]
+pcap = {{ read = {read:?}, write = {write:?}, pace = "recorded" }}
+"#,
+        red = lab.path("red.sock"),
+        blue = lab.path("blue.sock"),
+        read = build::root().join(REPLAYED),
+        write = capture,
+    )
+}
+
+fn set_up(lab: &Lab, programs: &Path, capture: &Path, progress: &Progress) -> Result<Stage> {
+    progress.say("starting yardd with one private switch: two guests, two namespaces, a replayed capture");
+    let cpu = setup::processors() - 1;
+    let yardd = Yardd::start(lab, programs, &[cpu], &config(lab, capture))?;
+    progress.say("booting two Debian guests under QEMU (software CPU), virtio-net over vhost-user");
+    let boot = |name: &str, mac: &str| {
+        let nic = Nic::vhost_user(lab.path(&format!("{name}.sock")), Role::Client, mac);
+        Guest::boot(lab, &GuestSpec::new(name).with(nic))
+    };
+    let mut red = boot("red", "02:00:00:00:00:01")?;
+    let mut blue = boot("blue", "02:00:00:00:00:02")?;
+    progress.say("two network namespaces get a TAP each");
+    let left = Netns::new(lab, "left")?;
+    left.plug("yard-left", "10.9.0.3/24", None)?;
+    let right = Netns::new(lab, "right")?;
+    right.plug("yard-right", "10.9.0.4/24", None)?;
+    for (guest, address) in [(&mut red, "10.9.0.1"), (&mut blue, "10.9.0.2")] {
+        let took = guest.wait_ready(Duration::from_secs(120))?;
+        guest.configure("eth0", &format!("{address}/24"))?;
+        progress.say(format!("guest {} is up after {:.1} s: {address}", guest.name(), took.as_secs_f32()));
+    }
+    let stations: Vec<(Box<dyn Station>, _)> = vec![
+        (Box::new(red), "10.9.0.1"),
+        (Box::new(blue), "10.9.0.2"),
+        (Box::new(left), "10.9.0.3"),
+        (Box::new(right), "10.9.0.4"),
+    ];
+    Ok(Stage { yardd, stations })
+}
+
+/// Names of the stations, in the order of [`Stage::stations`].
+const NAMES: [&str; 4] = ["guest red", "guest blue", "namespace left", "namespace right"];
+
+fn talk(stage: &Stage, progress: &Progress) -> Result<()> {
+    progress.say("everyone pings everyone");
+    for (from, (station, _)) in stage.stations.iter().enumerate() {
+        for (to, (_, address)) in stage.stations.iter().enumerate().filter(|(to, _)| *to != from) {
+            let report = ping(station.as_ref(), address, Ping { count: 2, interval: 0.05, ..Ping::default() })?;
+            ensure!(report.received > 0, "{} does not reach {}", NAMES[from], NAMES[to]);
+            println!("    {:15} -> {:15} {:7.3} ms", NAMES[from], NAMES[to], report.milliseconds[1]);
+        }
+    }
+    for (from, to) in [(0, 1), (2, 3), (2, 0)] {
+        let (client, server) = (stage.stations[from].0.as_ref(), stage.stations[to].0.as_ref());
+        let address = stage.stations[to].1;
+        let tcp = iperf(server, client, address, Load::Tcp { streams: 1 }, 2)?;
+        let load = Load::Udp { payload: 512, bits_per_second: 8_000_000 };
+        let udp = iperf(server, client, address, load, 1)?;
+        progress.say(format!(
+            "{} -> {}: TCP {:.0} Mbit/s, UDP {:.0} packets/s with {} lost",
+            NAMES[from], NAMES[to], tcp.bits_per_second / 1e6, udp.packets_per_second, udp.lost_packets
+        ));
+    }
+    Ok(())
+}
+
+/// The live table while traffic runs, then the whole topology.
+fn show(stage: &Stage, progress: &Progress) -> Result<()> {
+    progress.say("ports and queues, live, while left sends to right:");
+    let (left, right) = (stage.stations[2].0.as_ref(), stage.stations[3].0.as_ref());
+    let _server = right.spawn("iperf3 -s -1 --forceflush")?;
+    let _client = left.spawn("sleep 0.3; iperf3 -c 10.9.0.4 -t 4")?;
+    let mut top = Process::spawn("yard top", stage.yardd.yard_command(&["top", "--count", "3"]), "/dev/null")
+        .context("yard top")?;
+    let _ = top.wait(Duration::from_secs(10));
+    println!("{}", stage.yardd.yard(&["stats", "--watch", "1", "--count", "3"])?);
+    progress.say("yard show:");
+    println!("{}", stage.yardd.yard(&["show"])?);
+    Ok(())
+}
+
+fn look_at_capture(capture: &Path, progress: &Progress) -> Result<()> {
+    progress.say(format!("what left through the replay port, read by tshark: {}", capture.display()));
+    let mut tshark = switchyard_tests::process::command("tshark");
+    tshark.arg("-r").arg(capture).args(["-q", "-z", "io,phs"]);
+    println!("{}", switchyard_tests::process::output(&mut tshark)?);
+    progress.say("done; everything that was started is gone");
+    Ok(())
+}
