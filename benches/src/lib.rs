@@ -1,1 +1,5 @@
-//! Placeholder while the crate is laid out.
+//! Load for measuring: the saturating generator. Criterion benches of the parts are in `benches/`.
+
+#![forbid(unsafe_code)]
+
+pub mod generator;

@@ -15,7 +15,7 @@ pub fn random(bound: u32) -> impl Iterator<Item = u32> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        u32::try_from(u64::from(bound) * (state >> 32) >> 32).unwrap_or(0)
+        u32::try_from((u64::from(bound) * (state >> 32)) >> 32).unwrap_or(0)
     })
 }
 
@@ -58,7 +58,7 @@ impl Transport {
                 (vec![3, 0xe8, 7, 0xd0, a, b, c, d, 0, 0, 0, 1, 0x50, 0x10, 1, 0xf5, 0, 0, 0, 0], 16)
             }
         };
-        bytes.extend((0..payload).map(|n| (n % 251) as u8));
+        bytes.extend((0..=250u8).cycle().take(payload));
         let sum = checksum::sum(&bytes, pseudo(u32::try_from(bytes.len()).unwrap_or(0)));
         bytes[at..at + 2].copy_from_slice(&checksum::finish(sum).to_be_bytes());
         bytes

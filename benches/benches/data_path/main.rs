@@ -1,6 +1,6 @@
 //! What each step of a frame's way costs on one core.
 //!
-//! `cargo bench -p switchyard-benches` takes about two minutes; a name picks some of them, such as `-- pipeline`. Figures
+//! `cargo bench -p switchyard-benches` takes less than a minute; a name picks some of them, such as `-- pipeline`. Figures
 //! are per burst of 64 frames unless the name says otherwise, the rate is in frames or bytes.
 
 mod copy;

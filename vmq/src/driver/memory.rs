@@ -34,9 +34,20 @@ impl Arena {
     /// # Errors
     /// The kernel refuses.
     pub fn new(guest: u64, len: usize) -> Result<Self, MappingError> {
-        let (mapping, fd) = Mapping::memfd("guest", len)?;
+        Ok(Self::over(Mapping::memfd("guest", len)?, guest))
+    }
+
+    /// As [`Arena::new`], in huge pages of 2 MiB; `len` is rounded up to them.
+    ///
+    /// # Errors
+    /// The kernel refuses, most likely because no huge pages are set aside.
+    pub fn huge(guest: u64, len: usize) -> Result<Self, MappingError> {
+        Ok(Self::over(Mapping::huge_memfd("guest", len.next_multiple_of(2 << 20))?, guest))
+    }
+
+    fn over((mapping, fd): (Mapping, OwnedFd), guest: u64) -> Self {
         let taken = AtomicU64::new(0);
-        Ok(Self { shared: Arc::new(Shared { mapping: Arc::new(mapping), fd, guest, taken }) })
+        Self { shared: Arc::new(Shared { mapping: Arc::new(mapping), fd, guest, taken }) }
     }
 
     /// The file behind the memory, to be mapped by a device in another process.

@@ -1,8 +1,10 @@
 //! A shared mapping of a file that somebody else may hold, too.
 
 use std::ffi::c_void;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+
+use rustix::fs::MemfdFlags;
 
 use super::sigbus;
 
@@ -91,12 +93,27 @@ impl Mapping {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn memfd(name: &str, len: usize) -> Result<(Self, std::os::fd::OwnedFd), MappingError> {
-        use std::os::fd::AsFd;
+    pub fn memfd(name: &str, len: usize) -> Result<(Self, OwnedFd), MappingError> {
+        Self::memfd_with(name, len, MemfdFlags::empty())
+    }
+
+    /// As [`Mapping::memfd`], in huge pages of 2 MiB, of which `len` is a multiple.
+    ///
+    /// # Errors
+    /// The kernel refuses, most likely because no huge pages are set aside.
+    pub fn huge_memfd(name: &str, len: usize) -> Result<(Self, OwnedFd), MappingError> {
+        Self::memfd_with(name, len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+    }
+
+    fn memfd_with(name: &str, len: usize, more: MemfdFlags) -> Result<(Self, OwnedFd), MappingError> {
         let source = |source| MappingError::Map { len, offset: 0, source };
-        let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | more;
         let fd = rustix::fs::memfd_create(name, flags).map_err(source)?;
         rustix::fs::ftruncate(&fd, len as u64).map_err(source)?;
+        // Pages are set aside now, so that touching one later cannot fail.
+        if more.contains(MemfdFlags::HUGETLB) {
+            rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, len as u64).map_err(source)?;
+        }
         let mapping = Self::shared(fd.as_fd(), 0, len)?;
         Ok((mapping, fd))
     }

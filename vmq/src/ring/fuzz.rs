@@ -273,7 +273,7 @@ mod tests {
         let mut bytes: Vec<u8> = (0..len / 8 + 1).flat_map(|_| random(&mut state).to_le_bytes()).collect();
         bytes.truncate(len);
         // Most inputs get a ring that can be set up.
-        if seed % 4 != 0 && len > 0 {
+        if !seed.is_multiple_of(4) && len > 0 {
             bytes[0] &= 0x0f;
         }
         bytes

@@ -304,6 +304,8 @@ impl Exchange {
         }
         // What was taken, or used but not shown, is available again.
         self.rewind_all(self.shown);
+        // Whoever starts a successor interrupts the driver once: the predecessor may have owed it that.
+        self.driver_sleeps = false;
         let used_index = self.pair.arena.read_u16(self.pair.driver.addresses().device + 2);
         let base = if self.pair.driver.form() == Form::Split { u32::from(used_index) } else { 0x8000_8000 };
         self.replace_device(base);
@@ -320,9 +322,13 @@ impl Exchange {
     }
 
     fn crash_in(&mut self, points: u32) {
-        if self.record.is_none() || survives(points, || _ = self.pair.publish()) {
-            // Published, or nothing to be crashed in.
-            return self.crash_after_publish();
+        if self.record.is_none() {
+            self.give_back();
+            return self.crash();
+        }
+        if survives(points, || _ = self.pair.publish()) {
+            self.shown = self.used.len();
+            return self.crash();
         }
         // Only the driver can tell how much of the burst it was shown.
         while let Some(used) = self.pair.driver.poll_used().unwrap() {
@@ -335,14 +341,6 @@ impl Exchange {
         // It makes the slots it got back available again, while there is no device.
         (0..2).for_each(|_| self.add(&[7], 1, false));
         self.offer();
-        self.crash();
-    }
-
-    fn crash_after_publish(&mut self) {
-        self.shown = self.used.len();
-        if self.record.is_none() {
-            self.pair.publish();
-        }
         self.crash();
     }
 

@@ -34,7 +34,8 @@ impl Logged {
         let mut bytes = vec![0u8; LEN / 4096 / 8];
         self.bitmap.read(0, &mut bytes);
         self.bitmap.write(0, &vec![0; bytes.len()]);
-        (0..LEN as u64 / PAGE).filter(|&page| bytes[page as usize / 8] & 1 << (page % 8) != 0).collect()
+        let bits = bytes.iter().flat_map(|byte| (0..8).map(move |bit| byte & 1 << bit != 0));
+        (0..).zip(bits).filter(|&(_, marked)| marked).map(|(page, _)| page).collect()
     }
 
     fn bytes(&self) -> Vec<u8> {

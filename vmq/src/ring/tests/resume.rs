@@ -96,7 +96,7 @@ fn record_of_another_size_or_with_nonsense_is_not_believed() {
     inflight.start(SIZE, 3, true);
     assert_eq!(inflight.resume_packed(SIZE + 1, |_, _| true), None);
     assert_eq!(inflight.resume_packed(3, |_, _| true), None);
-    bytes.room(16, 2).unwrap().write(&[SIZE as u8, 0]);
+    bytes.room(16, 2).unwrap().write(&SIZE.to_le_bytes());
     assert_eq!(inflight.resume_packed(SIZE, |_, _| true), None);
     bytes.room(16, 4).unwrap().write(&[3, 0, 0xff, 0xff]);
     assert_eq!(inflight.resume_packed(SIZE, |_, _| true), None);

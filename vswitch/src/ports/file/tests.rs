@@ -57,8 +57,11 @@ fn bytes(burst: &Burst<'_>, frame: &vmq::frame::Frame) -> Vec<u8> {
     all
 }
 
+/// A frame, and when it came.
+type Timed = (u64, Vec<u8>);
+
 /// Plays the source in virtual time: the frames with the moments at which they came, malformed frames, and the end.
-fn play(source: &mut FileSource) -> (Vec<(u64, Vec<u8>)>, u32, Result<(), FileError>) {
+fn play(source: &mut FileSource) -> (Vec<Timed>, u32, Result<(), FileError>) {
     let (mut now, mut all, mut malformed) = (0, Vec::new(), 0);
     loop {
         let (progress, frames, bad) = receive(source, now);
@@ -77,7 +80,7 @@ fn play(source: &mut FileSource) -> (Vec<(u64, Vec<u8>)>, u32, Result<(), FileEr
     }
 }
 
-fn times(played: &[(u64, Vec<u8>)]) -> Vec<u64> {
+fn times(played: &[Timed]) -> Vec<u64> {
     played.iter().map(|&(time, _)| time).collect()
 }
 

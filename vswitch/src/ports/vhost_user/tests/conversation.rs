@@ -281,8 +281,8 @@ fn configuration_holds_address_link_pairs_and_mtu() {
     assert_eq!(&whole[12..], [2, 0, 0, 0, 0, 7, 1, 0, 3, 0, 0x28, 0x23]);
     assert_eq!(&ask(10, 2)[12..], [0x28, 0x23]);
     assert_eq!(ask(255, 1).len(), 13);
-    assert_eq!(ask(256, 1), [], "an empty payload is an error");
-    assert_eq!(ask(u32::MAX, 1), []);
+    assert!(ask(256, 1).is_empty(), "an empty payload is an error");
+    assert!(ask(u32::MAX, 1).is_empty());
     lab.leave().unwrap();
 }
 
