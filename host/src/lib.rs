@@ -11,4 +11,6 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod cli;
 pub mod config;
+pub mod daemon;

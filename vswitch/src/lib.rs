@@ -17,7 +17,6 @@ pub mod queue;
 pub mod report;
 pub mod snapshot;
 pub mod spec;
-pub mod stubs;
 pub mod tally;
 pub mod topology;
 

@@ -17,7 +17,7 @@ use crate::drops::DropReason;
 use crate::offload::translate::{FrameSink, Translator, Want};
 use crate::pipeline::{self, List, Plan};
 use crate::port::PortCore;
-use crate::stubs::device::{DeviceSink, DeviceSource};
+use crate::ports::device::{DeviceSink, DeviceSource};
 use crate::ports::file::{FileSink, FileSource, Progress};
 use crate::ports::vhost_user::queue::ActiveRing;
 use crate::report::PortState;

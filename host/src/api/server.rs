@@ -139,7 +139,7 @@ pub async fn serve(listener: Listener, api: Arc<Api>, mut stop: watch::Receiver<
             (place, listener.listener.accept().await)
         };
         tokio::select! {
-            _ = stop.wait_for(|&stop| stop) => break,
+            () = stopped(&mut stop) => break,
             Some(_) = connections.join_next() => {}
             (place, accepted) = next => match accepted {
                 Ok((stream, _)) => {
@@ -160,6 +160,12 @@ pub async fn serve(listener: Listener, api: Arc<Api>, mut stop: watch::Receiver<
     api.stop();
     let all = async { while connections.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(FAREWELL, all).await;
+}
+
+/// Ends when the daemon is to end.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // Nobody being left to say so means the same.
+    let _ = stop.wait_for(|&stop| stop).await;
 }
 
 async fn connection(stream: UnixStream, router: Router, limits: Limits) {

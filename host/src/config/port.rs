@@ -53,10 +53,11 @@ pub(super) struct Surroundings<'a> {
 /// Reads a port.
 pub(super) fn port(name: &str, section: &Section<'_>, around: Surroundings<'_>) -> Option<PortSpec> {
     let attachment = attachment(section, around.source);
-    if let (Some(Attachment::Uplink { .. }), false) = (&attachment, around.kind == SwitchKind::External) {
-        if let Some(field) = section.get("uplink") {
-            field.refuse::<()>("only an external switch has an uplink, expected vhost-user, tap or pcap");
-        }
+    if let Some(Attachment::Uplink { .. }) = attachment
+        && around.kind != SwitchKind::External
+        && let Some(field) = section.get("uplink")
+    {
+        field.refuse::<()>("only an external switch has an uplink, expected vhost-user, tap or pcap");
     }
     let vlan = section.get("vlan").map_or(Some(VlanMode::Passthrough), |field| vlan(&field));
     // What could not be read does not bound what follows.

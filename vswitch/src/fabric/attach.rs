@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::FabricError;
 use crate::port::PortCore;
-use crate::stubs::device::{DeviceSink, DeviceSource, tap, uplink};
+use crate::ports::device::{DeviceQueue, tap, uplink};
 use crate::ports::file::{FileSink, FileSource};
 use crate::ports::vhost_user::server::{self, Control, EndpointId, PortEndpoint};
 use crate::ports::vhost_user::session::SessionConfig;
@@ -110,15 +110,17 @@ fn session_config(spec: &PortSpec, queues: u16) -> SessionConfig {
     SessionConfig { queues, mtu: spec.mtu, offloads: spec.offloads, mac: spec.mac, config_space: false }
 }
 
-/// Queue pairs of a device.
-type DeviceQueues = Vec<(DeviceSource, DeviceSink)>;
-
 /// Opens a TAP or uplink device and connects its queues.
 pub(super) fn device(port: &Port) -> Result<(), FabricError> {
     let spec = &port.spec;
-    let opened: DeviceQueues = match &spec.attachment {
-        Attachment::Tap { tap, queues } => tap::open(tap, *queues, spec.mtu, spec.offloads),
-        Attachment::Uplink { device, queues } => uplink::open(device, *queues, spec.mtu),
+    let opened: Vec<DeviceQueue> = match &spec.attachment {
+        Attachment::Tap { tap, queues } => {
+            let options = tap::Options { queues: *queues, offloads: spec.offloads, ..tap::Options::new(spec.mtu) };
+            tap::open(tap, &options)
+        }
+        Attachment::Uplink { device, queues } => {
+            uplink::open(device, &uplink::Options { queues: *queues, ..uplink::Options::new(spec.mtu) })
+        }
         _ => return Ok(()),
     }
     .map_err(|error| FabricError::failed(format!("opening {}", spec.attachment.describe()), error))?;

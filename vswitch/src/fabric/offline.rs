@@ -13,6 +13,8 @@ use crate::queue::{Scratch, Sink, SinkQueue, Source, SourceQueue};
 use crate::report::{FabricReport, PortState, SwitchReport};
 use crate::spec::{Attachment, Pace, PortSpec, SwitchSpec};
 
+const SECOND: Nanos = 1_000_000_000;
+
 /// Plays the pcap ports of `switches` until every file is read. Time jumps from frame to frame; frames due at the same
 /// moment enter in the order of the ports' names.
 ///
@@ -118,9 +120,22 @@ fn play(switches: &[Switch]) {
         };
         match queues.iter().filter_map(due).min() {
             // A source that is due and sends nothing would never end.
-            Some(at) if at > now => now = at,
+            Some(at) if at > now => {
+                if at / SECOND > now / SECOND {
+                    age(switches, at);
+                }
+                now = at;
+            }
             _ => return,
         }
+    }
+}
+
+/// Forgets addresses as the clock of a live switch would.
+fn age(switches: &[Switch], now: Nanos) {
+    let seconds = u32::try_from(now / SECOND).unwrap_or(u32::MAX);
+    for switch in switches {
+        switch.fdb.age(seconds, switch.fdb.buckets());
     }
 }
 

@@ -200,4 +200,13 @@ mod tests {
         frame[24..26].fill(0);
         assert_eq!(checked(&frame, builder.large(GsoKind::Tcp4, 1448, false)), Ok(()));
     }
+
+    #[test]
+    fn segment_longer_than_an_ip_packet_is_refused() {
+        let builder = Builder::new(false, Transport::Tcp);
+        let frame = builder.build(65_535 + 22 - 54);
+        assert_eq!(checked(&frame, builder.large(GsoKind::Tcp4, 65_495, false)), Ok(()));
+        let too_large = builder.large(GsoKind::Tcp4, 65_496, false);
+        assert_eq!(checked(&frame, too_large), Err(DropReason::BadOffload));
+    }
 }

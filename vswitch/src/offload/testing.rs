@@ -229,7 +229,7 @@ pub fn verify(bytes: &[u8], checksum: Checksum) -> Result<Seen, String> {
             // etherparse does not keep the reserved flag, so there the header is summed here.
             let reserved = ip.header().slice()[6] & 0x80 != 0;
             let right = match reserved {
-                true => words(ip.header().slice()) % 0xffff == 0,
+                true => words(ip.header().slice()).is_multiple_of(0xffff),
                 false => header.header_checksum == header.calc_header_checksum(),
             };
             if !right {

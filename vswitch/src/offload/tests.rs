@@ -358,3 +358,89 @@ fn tag_pushed_on_two_tags_leaves_the_packet_right() {
         assert_eq!(seen.payload, payload(3000)[k * 1000..(k + 1) * 1000]);
     }
 }
+
+#[test]
+fn udp_segment_whose_checksum_comes_out_as_zero_is_sent_as_ones() {
+    let builder = Builder::new(true, Transport::Udp);
+    let sum = checksum::fold(checksum::sum(&builder.unfinish(builder.frame(&[0, 0]))[54..], 0));
+    let data = [(!sum).to_be_bytes(), [1, 2]].concat();
+    let given = Given::new(builder.frame(&data), builder.large(GsoKind::Udp, 2, false));
+    let (got, _) = translate(&[given], &Want { accepts: Accepts::empty(), ..EVERYTHING });
+    assert_eq!(got.len(), 2);
+    assert_eq!(got[0].bytes[60..62], [0xff, 0xff]);
+    got[0].verified();
+}
+
+#[test]
+fn segments_of_a_source_routed_packet_count_its_final_destination() {
+    let builder = Builder { ip_options: 8, ..Builder::new(false, Transport::Tcp) };
+    let data = payload(3000);
+    // The sender sums the final destination, as the option has it; the header names the next hop.
+    let route = |frame: &mut [u8]| {
+        frame[30..34].copy_from_slice(&[10, 99, 98, 97]);
+        frame[34..42].copy_from_slice(&[131, 7, 4, 10, 9, 8, 7, 0]);
+    };
+    let mut bytes = builder.unfinish(builder.frame(&data));
+    route(&mut bytes);
+    let given = Given::new(bytes, builder.large(GsoKind::Tcp4, 1000, false));
+    let (got, _) = translate(&[given], &Want { accepts: Accepts::empty(), ..EVERYTHING });
+    for (k, got) in got.iter().enumerate() {
+        let sequence = builder.sequence.wrapping_add(u32::try_from(k).unwrap() * 1000);
+        let right = Builder { sequence, ..builder.clone() }.frame(&data[k * 1000..(k + 1) * 1000]);
+        assert_eq!(got.bytes[42..], right[42..]);
+    }
+}
+
+#[test]
+fn frame_in_too_many_pieces_for_a_tag_costs_no_other_frame() {
+    let builder = Builder::new(false, Transport::Tcp);
+    let pieces = Given {
+        cuts: (0..256).map(|i| 64 + i * 2).collect(),
+        vlan: Some(7),
+        ..Given::new(builder.build(64 + 512 - 54), Offload::default())
+    };
+    let data = payload(100 * 100);
+    let large =
+        Given { vlan: Some(7), ..Given::new(builder.frame(&data), builder.large(GsoKind::Tcp4, 100, false)) };
+    let want = Want { accepts: Accepts::empty(), ..EVERYTHING };
+    let (got, dropped) = translate(&[pieces.clone(), pieces, large], &want);
+    assert_eq!(dropped, [DropReason::Malformed; 2]);
+    let seen: Vec<u8> = got.iter().flat_map(|got| got.verified().payload).collect();
+    assert_eq!(seen, data);
+}
+
+proptest! {
+    #[test]
+    fn checksum_of_any_place_is_the_sum_from_its_start(
+        bytes in proptest::collection::vec(any::<u8>(), 100..400),
+        start in 18u16..80,
+        offset in 0u16..20,
+        cuts in proptest::collection::vec(any::<usize>(), 0..8),
+        strip: bool,
+    ) {
+        let mut bytes = bytes;
+        let tag = if strip { [0x81, 0, 0, 5, 9, 9] } else { [9; 6] };
+        bytes[12..18].copy_from_slice(&tag);
+        let given = Given {
+            cuts,
+            ..Given::new(bytes.clone(), Offload { checksum: Checksum::Partial { start, offset }, gso: None })
+        };
+        let want = Want { accepts: Accepts::empty(), tag: TagForm::Access, ..EVERYTHING };
+        let (got, dropped) = translate(&[given], &want);
+        prop_assert_eq!(dropped, vec![]);
+        let (from, at) = (usize::from(start), usize::from(start + offset));
+        let mut sum = 0_u32;
+        for pair in bytes[from..].chunks(2) {
+            sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        }
+        let folded = u16::try_from(sum % 0xffff).unwrap();
+        let value = u16::from_be_bytes([got[0].bytes[at - if strip { 4 } else { 0 }],
+            got[0].bytes[at + 1 - if strip { 4 } else { 0 }]]);
+        prop_assert_eq!((u32::from(value) + u32::from(folded)) % 0xffff, 0);
+        bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());
+        if strip {
+            bytes.drain(12..16);
+        }
+        prop_assert_eq!(&got[0].bytes, &bytes);
+    }
+}

@@ -40,7 +40,7 @@ fn exchange(form: Form, size: u16, features: Features, tracked: bool) -> Exchang
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.max(400), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_chain_arrives_once_in_order_and_whole(

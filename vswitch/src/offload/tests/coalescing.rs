@@ -283,6 +283,33 @@ fn long_frame_is_dropped_and_not_merged() {
     assert_eq!((got.len(), dropped), (0, vec![DropReason::EgressMtu; 3]));
 }
 
+#[test]
+fn flow_that_began_first_makes_room_for_another() {
+    let flows: Vec<Builder> = (0..17).map(|port| Builder { ports: (port, 80), ..base(false) }).collect();
+    let mut given: Vec<Given> = flows.iter().map(|flow| plain(flow, 1000)).collect();
+    given.extend([16, 15, 1, 0].map(|flow: usize| plain(&nth(&flows[flow], 1), 1000)));
+    let lengths = lengths(&given, &MERGING);
+    assert_eq!(lengths.len(), 18);
+    assert_eq!(
+        (lengths[0], lengths[1], lengths[15], lengths[16], lengths[17]),
+        (1000, 2000, 2000, 2000, 1000)
+    );
+}
+
+#[test]
+fn packet_that_is_cut_short_is_not_merged() {
+    for v6 in [false, true] {
+        let builder = base(v6);
+        let mut given: Vec<Given> = (0..2).map(|k| plain(&nth(&builder, k), 1000)).collect();
+        for one in &mut given {
+            one.bytes.pop();
+            one.offload.checksum = Checksum::Valid;
+        }
+        given[1] = plain(&Builder { sequence: builder.sequence.wrapping_add(999), ..nth(&builder, 1) }, 999);
+        assert_eq!(translate(&given, &MERGING).0.len(), 2);
+    }
+}
+
 /// One frame of a random mix: flow, how far its sequence jumps, payload, flags.
 fn mix() -> impl Strategy<Value = Vec<(u8, bool, usize, u8, bool)>> {
     let flags = prop_oneof![8 => Just(0x10_u8), 1 => Just(0x18), 1 => any::<u8>()];

@@ -63,7 +63,8 @@ fn any_port() -> impl Strategy<Value = Port> {
 /// Mostly ordinary frames, with up to three tags; some cut anywhere in their header.
 fn any_frame() -> impl Strategy<Value = Vec<u8>> {
     let kind = prop_oneof![6 => Just(0x8100u16), 1 => Just(0x88a8), 1 => Just(0x9100)];
-    let tag = (kind, vlan(), 0..16u16).prop_map(|(kind, vlan, priority)| (kind, vlan | priority << 12)).boxed();
+    let tag =
+        (kind, vlan(), 0..16u16).prop_map(|(kind, vlan, priority)| (kind, vlan | priority << 12)).boxed();
     let tags = prop_oneof![3 => vec(tag.clone(), 0..=1), 1 => vec(tag, 2..=3)];
     let len = prop_oneof![
         12 => Just(64usize),

@@ -158,6 +158,13 @@ impl FileSink {
     }
 }
 
+impl Drop for FileSink {
+    /// A capture that is let go is complete all the same, as far as the disk has room.
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}
+
 /// The frame's bytes, in `into` alone.
 fn flatten(burst: &Burst<'_>, frame: &Frame, into: &mut Vec<u8>) {
     into.clear();

@@ -374,6 +374,15 @@ fn flushed_capture_can_be_read_while_it_grows() {
 }
 
 #[test]
+fn sink_that_is_dropped_leaves_a_whole_capture() {
+    let dir = Dir::new();
+    let mut sink = FileSink::create(&dir.path("out"), "red", 0, false).unwrap();
+    write(&mut sink, 1, &[vec![1; 60]], &[0], &[]);
+    drop(sink);
+    assert_eq!(records(&dir.path("out")).len(), 1);
+}
+
+#[test]
 fn equal_runs_write_equal_bytes() {
     let dir = Dir::new();
     let run = |name| {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::fs::{Mode, Stat};
+use rustix::fs::{FileType, Mode, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -300,13 +300,18 @@ fn identity(stat: &Stat) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
 }
 
+/// A socket that nobody answers on was left behind by a crash. Anything but a socket is not ours to remove.
+fn is_stale(path: &Path) -> bool {
+    let is_socket = |stat: Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+    rustix::fs::lstat(path).is_ok_and(is_socket) && connect(path).err() == Some(Errno::CONNREFUSED)
+}
+
 impl Listener {
     fn open(path: &Path) -> Result<Self, Errno> {
         let address = SocketAddrUnix::new(path)?;
         let socket = socket()?;
         match rustix::net::bind(&socket, &address) {
-            // A file that nobody answers on was left behind by a crash. Anything but a socket is not ours to remove.
-            Err(Errno::ADDRINUSE) if connect(path).err() == Some(Errno::CONNREFUSED) => {
+            Err(Errno::ADDRINUSE) if is_stale(path) => {
                 rustix::fs::unlink(path)?;
                 rustix::net::bind(&socket, &address)?;
             }

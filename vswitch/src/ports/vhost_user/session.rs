@@ -143,7 +143,7 @@ impl Session {
         match self.dispatch(message, rings) {
             Ok(None) if acknowledge => Ok(Some(Reply::number(number, 0))),
             Err(error) if acknowledge && error.is_refusal() => {
-                tracing::info!("vhost-user request refused: {}", error.report());
+                tracing::debug!("vhost-user request refused: {}", error.report());
                 Ok(Some(Reply::number(number, 1)))
             }
             outcome => outcome,

@@ -129,7 +129,7 @@ fn ring_goes_on_where_get_vring_base_stopped_it() {
             } else {
                 let place = 11 * round;
                 let wrap = if place / 16 % 2 == 0 { 0x8000 } else { 0 };
-                let both = (place % 16 | wrap) * 0x1_0001;
+                let both = ((place % 16) | wrap) * 0x1_0001;
                 assert_eq!(bases, [both; 2]);
             }
             // DPDK's client sends the low half alone.

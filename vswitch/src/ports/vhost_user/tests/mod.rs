@@ -2,5 +2,6 @@ mod control;
 mod conversation;
 mod hostile;
 mod migration;
+mod real;
 mod rig;
 mod wire;

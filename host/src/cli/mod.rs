@@ -1,0 +1,18 @@
+//! `yard`: one command a request, tables for people and `--json` for programs.
+
+pub mod args;
+mod capture;
+mod client;
+mod failure;
+pub mod manual;
+mod model;
+mod ports;
+mod rates;
+mod run;
+mod show;
+mod table;
+mod top;
+
+pub use failure::{Failure, exit};
+pub use run::main;
+pub use show::offline_table;

@@ -1,0 +1,107 @@
+//! What the daemon reports, as far as tables show it. Fields that a newer daemon adds are ignored.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Report {
+    pub switches: Vec<Switch>,
+    pub workers: Vec<Worker>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Switch {
+    pub name: String,
+    pub kind: String,
+    pub addresses: u64,
+    pub capacity: u64,
+    pub ports: Vec<Port>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Port {
+    pub name: String,
+    pub kind: String,
+    pub attached: String,
+    pub state: String,
+    pub reason: String,
+    pub last_error: Option<String>,
+    pub mtu: u32,
+    pub mac: Option<String>,
+    pub vlan: String,
+    pub features: Vec<String>,
+    pub received: Counters,
+    pub sent: Counters,
+    pub queues: Vec<Queue>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Queue {
+    pub queue: u16,
+    pub cpu: Option<usize>,
+    pub pinned: bool,
+    pub enabled: bool,
+    pub load_permille: u32,
+    pub received: Counters,
+    pub sent: Counters,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    pub frames: u64,
+    pub bytes: u64,
+    pub bursts: u64,
+    pub calls: u64,
+    pub drops: BTreeMap<String, u64>,
+}
+
+impl Counters {
+    pub fn dropped(&self) -> u64 {
+        self.drops.values().sum()
+    }
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Worker {
+    pub cpu: usize,
+    pub state: String,
+    pub queues: usize,
+    pub load_permille: u32,
+    pub sleeps: u64,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Addresses {
+    pub total: usize,
+    pub addresses: Vec<Address>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Address {
+    pub mac: String,
+    pub vlan: u16,
+    pub port: String,
+    pub age: u32,
+    pub fixed: bool,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Version {
+    pub version: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Flushed {
+    pub flushed: usize,
+}
+
+/// The words for a drop reason; a newer daemon's reason is shown by its name.
+pub fn reason_text(reason: &str) -> String {
+    let known: Result<vswitch::DropReason, _> = serde_json::from_value(reason.into());
+    known.map_or_else(|_| reason.to_owned(), |reason| reason.text().to_owned())
+}

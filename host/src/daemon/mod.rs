@@ -1,0 +1,164 @@
+//! The life of `yardd`: configuration, switches, API, signals, end.
+
+pub mod args;
+mod notify;
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+use vswitch::fabric::{Fabric, run_offline};
+
+use self::args::Yardd;
+use self::notify::notify;
+use crate::api::{Api, Limits, Listener, serve};
+use crate::cli::offline_table;
+use crate::config::{Config, Machine, load};
+
+/// Runs `yardd` with the words of its command line; returns the exit status.
+pub fn main(words: impl IntoIterator<Item = OsString>) -> u8 {
+    let args = match Yardd::try_parse_from(words) {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = error.print();
+            return u8::try_from(error.exit_code()).unwrap_or(2);
+        }
+    };
+    if let Err(error) = log(&args.log) {
+        eprintln!(
+            "yardd: --log: {error}, expected error, warn, info, debug, trace or a filter such as vswitch=debug"
+        );
+        return 2;
+    }
+    let config = match load(&args.config, &Machine::this()) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return 1;
+        }
+    };
+    let outcome = match (args.check, args.offline) {
+        (true, _) => check(&args.config, &config),
+        (_, true) => offline(config),
+        _ => run(config),
+    };
+    match outcome {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("yardd: {error:#}");
+            1
+        }
+    }
+}
+
+/// Logs to standard error, coloured on a terminal.
+fn log(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::builder().parse(filter)?)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && !no_color)
+        .init();
+    Ok(())
+}
+
+fn check(file: &Path, config: &Config) -> anyhow::Result<()> {
+    let ports: usize = config.switches.iter().map(|switch| switch.ports.len()).sum();
+    let switches = config.switches.len();
+    writeln!(io::stdout(), "{}: good: {switches} switches, {ports} ports", file.display())?;
+    Ok(())
+}
+
+fn offline(config: Config) -> anyhow::Result<()> {
+    let switches = config.switches.into_iter().map(|switch| (switch.switch, switch.ports));
+    let report = run_offline(switches.collect())?;
+    write!(io::stdout(), "{}", offline_table(&report, io::stdout().is_terminal()))?;
+    Ok(())
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(16)
+        .thread_name("control")
+        .build()
+        .context("the control plane cannot start")?;
+    runtime.block_on(life(config))
+}
+
+/// Every port takes descriptors, and the usual soft limit of 1024 is for programs that use select(2).
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit of open descriptors stays as it is: {error}");
+    }
+}
+
+async fn life(config: Config) -> anyhow::Result<()> {
+    // From here on signals end the daemon in good order, also while it starts.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    // The socket comes first: a second daemon must not touch the devices of the first.
+    let listener = Listener::bind(&config.socket)?;
+    let fabric = Fabric::start(config.workers.clone()).context("the switch cannot start")?;
+    let applied = {
+        let fabric = Arc::clone(&fabric);
+        tokio::task::spawn_blocking(move || apply(&fabric, config)).await?
+    };
+    if let Err(error) = applied {
+        end(fabric).await?;
+        return Err(error);
+    }
+    tracing::info!("serving at {}", listener.path().display());
+    let (stop, stopped) = watch::channel(false);
+    let backend = Arc::clone(&fabric);
+    let server = tokio::spawn(serve(listener, Api::new(backend, Limits::default()), stopped));
+    notify("READY=1");
+    let cause = loop {
+        tokio::select! {
+            _ = terminate.recv() => break "SIGTERM",
+            _ = interrupt.recv() => break "SIGINT",
+            _ = hangup.recv() => tracing::warn!(
+                "SIGHUP: the configuration is not read again while the daemon runs; use yard, or restart yardd"
+            ),
+        }
+    };
+    tracing::info!("{cause}: ending");
+    notify("STOPPING=1");
+    let _ = stop.send(true);
+    server.await?;
+    end(fabric).await
+}
+
+async fn end(fabric: Arc<Fabric>) -> anyhow::Result<()> {
+    Ok(tokio::task::spawn_blocking(move || fabric.shutdown()).await?)
+}
+
+/// Makes what the configuration asks for; everything that cannot be made is reported at once.
+fn apply(fabric: &Fabric, config: Config) -> anyhow::Result<()> {
+    let mut refused = Vec::new();
+    for wanted in config.switches {
+        let name = wanted.switch.name.clone();
+        if let Err(error) = fabric.add_switch(wanted.switch) {
+            refused.push(format!("switch.{name}: {error}"));
+            continue;
+        }
+        for port in wanted.ports {
+            let path = format!("switch.{name}.port.{}", port.name);
+            if let Err(error) = fabric.add_port(&name, port) {
+                refused.push(format!("{path}: {error}"));
+            }
+        }
+    }
+    if refused.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("{}", refused.join("\nyardd: "))) }
+}
