@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use vmq::doorbell::Doorbell;
 use vmq::driver::{Arena, Buffer, FixedRing, Form};
 use vmq::ring::RingAddresses;
 use vswitch::ports::vhost_user::features::{Features, Protocol};
@@ -89,6 +90,8 @@ struct Guest {
     receive: FixedRing,
     buffers: Vec<u64>,
     landing: Vec<u64>,
+    /// Rung when the switch sleeps, as any driver does.
+    kick: Doorbell,
     side: u8,
     next: u32,
     addresses: u32,
@@ -150,6 +153,7 @@ impl Guest {
             receive,
             buffers,
             landing,
+            kick: Doorbell::new().map_err(FrontendError::Io)?,
             side,
             next: 0,
             addresses,
@@ -206,9 +210,10 @@ impl Guest {
                 device: at.device,
                 log: None,
             };
-            let kick = vmq::doorbell::Doorbell::new().map_err(FrontendError::Io)?;
-            let call = vmq::doorbell::Doorbell::new().map_err(FrontendError::Io)?;
-            let (kick, call) = (Some(kick.as_fd()), Some(call.as_fd()));
+            let (unused, call) = (Doorbell::new(), Doorbell::new());
+            let (unused, call) = (unused.map_err(FrontendError::Io)?, call.map_err(FrontendError::Io)?);
+            let kick = if index == 1 { self.kick.as_fd() } else { unused.as_fd() };
+            let (kick, call) = (Some(kick), Some(call.as_fd()));
             self.frontend.start_ring(index, &RingSetup { size: ring, addresses, base, kick, call })?;
         }
         for index in 0..2 {
@@ -241,7 +246,9 @@ impl Guest {
             }
             self.next = self.next.wrapping_add(1);
         }
-        self.transmit.offer(free);
+        if self.transmit.offer(free) {
+            self.kick.ring();
+        }
     }
 
     fn stop(mut self) {

@@ -13,12 +13,15 @@
 //! | [`guest`], [`nic`], [`kernel`], [`initrd`], [`cpio`] | Debian guests under QEMU's software CPU |
 //! | [`testpmd`] | DPDK's packet generator over virtio-user, or as a switch |
 //! | [`ovs`] | a private OVS-DPDK |
-//! | [`iperf`], [`ping`] | throughput and round trips between two stations |
-//! | [`capture`] | tcpdump, tcpreplay, tshark, capinfos |
+//! | [`iperf`], [`ping`], [`transfer`] | throughput, round trips and compared bytes between two stations |
+//! | [`player`], [`witness`], [`numbered`] | guests played in this process; frames compared byte for byte |
+//! | [`yardd`], [`case`] | the daemon and its command line; the frame of a whole-system test |
+//! | [`capture`], [`packets`] | tcpdump, tcpreplay, tshark, capinfos |
 #![forbid(unsafe_code)]
 
 pub mod bridge;
 pub mod capture;
+pub mod case;
 pub mod cpio;
 pub mod guest;
 pub mod initrd;
@@ -28,11 +31,16 @@ pub mod kernel;
 pub mod lab;
 pub mod netns;
 pub mod nic;
+pub mod numbered;
 pub mod ovs;
+pub mod packets;
 pub mod ping;
+pub mod player;
 pub mod process;
 pub mod setup;
 pub mod station;
 pub mod testpmd;
-pub mod yardd;
 pub mod testpmd_stats;
+pub mod transfer;
+pub mod witness;
+pub mod yardd;

@@ -250,8 +250,7 @@ impl<'m> Burst<'m> {
         }
         let tail_at = self.tails.len();
         let frame = &mut self.frames[self.count];
-        if let Some(head) = whole.read::<HEAD_BYTES>() {
-            frame.head = head;
+        if whole.read_array(&mut frame.head) {
             if whole.len() as usize > HEAD_BYTES && self.tails.try_push(whole.skip(HEAD_U32)).is_err() {
                 return false;
             }

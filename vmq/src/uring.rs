@@ -125,7 +125,7 @@ impl Drop for Ring {
 }
 
 /// The result of a system call as io_uring tells it: a count, or an error number below 0.
-fn outcome(result: libc::ssize_t) -> i32 {
+fn outcome(result: libc::c_long) -> i32 {
     if result < 0 {
         return -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
     }

@@ -1,7 +1,8 @@
 //! Joins two TAP devices with nothing between: what the device ports cost by themselves.
 //!
 //! `tap_relay A B [key=value…]`; keys: `cpu`, `uring` (0, 1), `frames`, `bytes`, `napi` (0, 1), `offloads` (0, 1),
-//! `sleep` (0: always poll; N: wait after N polls in vain). Prints a line of counters when its input ends.
+//! `sleep` (0: always poll; N: wait after N polls in vain), `flood` (bytes of frames that a thread on processor 0 sends
+//! into A as fast as it can). Prints a line of counters when its input ends.
 
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -9,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vmq::frame::{Burst, FrameStore};
+use vmq::frame::{Burst, FrameStore, Offload};
+use vmq::memory::Segment;
 use vmq::worker::Wait;
-use vswitch::ports::device::{DeviceSink, DeviceSource, tap};
+use vswitch::ports::device::{DeviceSink, DeviceSource, tap, uplink};
 use vswitch::spec::TapSpec;
 use vswitch::tally::Tally;
 
@@ -48,6 +50,22 @@ fn relay(
     Ok(true)
 }
 
+/// Makes the device `name` transmit frames of `len` bytes.
+fn send_forever(name: &str, len: usize, stop: &AtomicBool) -> Result<()> {
+    vmq::os::pin_thread(0)?;
+    let mut queues = uplink::open(name, &uplink::Options { bypass: true, ..uplink::Options::new(1500) })?;
+    let mut frame = vec![0; len.max(14)];
+    frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5]);
+    let mut store = FrameStore::default();
+    let mut burst = Burst::new(&mut store);
+    while burst.push(Segment::from(frame.as_slice()), Offload::default()) {}
+    let list: Vec<u8> = (0..u8::try_from(burst.len())?).collect();
+    while !stop.load(Ordering::Relaxed) {
+        queues[0].1.put(&burst, &list, &mut Tally::default())?;
+    }
+    Ok(())
+}
+
 fn wait(sources: [&mut DeviceSource; 2]) -> Result<()> {
     let fds: Vec<_> = sources
         .into_iter()
@@ -69,7 +87,7 @@ fn main() -> Result<()> {
         return Err("usage: tap_relay A B [key=value…]".into());
     };
     let mut options = tap::Options::new(1500);
-    let mut sleep = 0u32;
+    let (mut sleep, mut flood) = (0u32, 0usize);
     for setting in settings {
         let (key, value) = setting.split_once('=').ok_or("key=value expected")?;
         let value: usize = value.parse()?;
@@ -80,6 +98,7 @@ fn main() -> Result<()> {
             "bytes" => options.tuning.bytes = value,
             "napi" => options.napi = value != 0,
             "offloads" => options.offloads = value != 0,
+            "flood" => flood = value,
             "sleep" => sleep = u32::try_from(value)?,
             "mtu" => options.mtu = u16::try_from(value)?,
             _ => return Err(format!("unknown key {key}").into()),
@@ -95,6 +114,12 @@ fn main() -> Result<()> {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         watcher.store(true, Ordering::Relaxed);
     });
+    if flood > 0 {
+        let (name, stop) = (a.clone(), Arc::clone(&stop));
+        std::thread::spawn(move || {
+            send_forever(&name, flood, &stop).inspect_err(|error| eprintln!("{error}")).is_ok()
+        });
+    }
     let mut store = FrameStore::default();
     let mut counts = [Counts::default(), Counts::default()];
     let mut idle = 0u32;

@@ -3,10 +3,10 @@
 //!
 //! Three stages, each a loop over the burst: *classify* (shape, VLAN, source check; hash both addresses and fetch their
 //! buckets), *learn* the source, *look up* the destination. By the time a stage reads a bucket its line has arrived.
-//! Cost per 64-byte frame among known addresses: about 25 cycles, two lines of the address table (shared by all
-//! workers, written only once a second per address), no lock.
+//! Frames in a row with the same addresses are one flow and share both accesses. Cost per 64-byte frame: about 10 cycles
+//! within a run, 30 otherwise; two lines of the address table (shared by all workers, written only once a second per
+//! address), no lock.
 //!
-//! Tried without gain: a cache of the last flow in front of the table.
 
 use arrayvec::ArrayVec;
 use vmq::frame::{BURST_FRAMES, Burst, Frame};
@@ -69,15 +69,23 @@ impl Plan {
     }
 }
 
-/// A frame on its way through the stages.
-struct Lane {
-    index: u8,
+/// What frames with the same addresses in the same VLAN have in common. Traffic comes in runs, so a burst has few.
+struct Flow {
+    addresses: Addresses,
+    vlan: u16,
     group: bool,
+    /// The head carries a tag: such a frame shares its flow with no other, as what follows the tag matters too.
+    tagged: bool,
     source: (Key, Slot),
     destination: (Key, Slot),
 }
 
-type Lanes = ArrayVec<Lane, BURST_FRAMES>;
+/// The frames of a burst that were admitted, and their flows.
+struct Admitted {
+    flows: ArrayVec<Flow, BURST_FRAMES>,
+    /// Index of the frame, and of its flow.
+    frames: ArrayVec<(u8, u8), BURST_FRAMES>,
+}
 
 /// Decides who gets the frames of `burst`, which came from port `ingress` at `now` (seconds of a monotonic clock).
 /// Drops are counted in `tally`; each frame is either in the plan's deliveries or in its drops.
@@ -97,12 +105,12 @@ pub fn forward(
         return;
     };
     let unfit = if burst.is_plain() { 0 } else { unfit_offloads(burst) };
-    let mut lanes = Lanes::new();
-    classify(topology, rules, unfit, burst, &mut lanes, plan, tally);
-    for lane in &lanes {
-        topology.fdb.learn(lane.source.0, lane.source.1, ingress, now);
+    let mut admitted = Admitted { flows: ArrayVec::new(), frames: ArrayVec::new() };
+    classify(topology, rules, unfit, burst, &mut admitted, plan, tally);
+    for flow in &admitted.flows {
+        topology.fdb.learn(flow.source.0, flow.source.1, ingress, now);
     }
-    look_up(topology, ingress, &lanes, burst.frames(), plan, tally);
+    look_up(topology, ingress, &admitted, burst.frames(), plan, tally);
 }
 
 /// One bit per frame whose offload metadata contradicts the frame.
@@ -118,14 +126,15 @@ fn classify(
     rules: &Rules,
     unfit: u64,
     burst: &mut Burst<'_>,
-    lanes: &mut Lanes,
+    admitted: &mut Admitted,
     plan: &mut Plan,
     tally: &mut Tally,
 ) {
-    let fdb = &*topology.fdb;
     let longest = rules.longest_frame();
+    let allowed = rules.source.map(|source| Key::new(source, 0));
     for (index, frame) in (0u8..).zip(burst.frames_mut()) {
-        if let Err(reason) = admit(frame, rules, longest) {
+        let addresses = Addresses::of(frame);
+        if let Err(reason) = admit(frame, rules, longest).and_then(|()| addresses.check(allowed)) {
             plan.refuse(index, reason, tally);
             continue;
         }
@@ -133,28 +142,77 @@ fn classify(
             plan.refuse(index, DropReason::BadOffload, tally);
             continue;
         }
-        let [destination, source] = addresses(frame);
-        let group = destination[0] & 1 != 0;
-        let source = Topology::key(&source, frame.vlan);
+        let same = |flow: &Flow| {
+            flow.addresses == addresses && flow.vlan == frame.vlan && !flow.tagged && !frame.tagged
+        };
+        if !admitted.flows.last().is_some_and(same) {
+            let flow = Flow::new(topology, addresses, frame);
+            // One flow per frame at most.
+            let _ = admitted.flows.try_push(flow);
+        }
+        // At most 64 flows.
+        let _ = admitted.frames.try_push((index, (admitted.flows.len() - 1) as u8));
+    }
+}
+
+impl Flow {
+    #[inline]
+    fn new(topology: &Topology, addresses: Addresses, frame: &Frame) -> Self {
+        let fdb = &*topology.fdb;
+        let group = addresses.is_group();
+        let source = Key::from_wire(addresses.source(), frame.vlan);
         let source = (source, fdb.hash(source));
         fdb.prefetch(source.1);
-        let destination = Topology::key(&destination, frame.vlan);
+        let destination = Key::from_wire(addresses.destination(), frame.vlan);
         let destination = (destination, if group { Slot::default() } else { fdb.hash(destination) });
         if !group {
             fdb.prefetch(destination.1);
         }
-        let _ = lanes.try_push(Lane { index, group, source, destination });
+        Self { addresses, vlan: frame.vlan, group, tagged: frame.tagged, source, destination }
     }
 }
 
-/// Destination and source address.
-#[inline]
-fn addresses(frame: &Frame) -> [[u8; 6]; 2] {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = frame.head;
-    [[a, b, c, d, e, f], [g, h, i, j, k, l]]
+/// Destination and source address as they lie in the frame, in two words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Addresses(u64, u32);
+
+impl Addresses {
+    #[inline]
+    fn of(frame: &Frame) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = frame.head;
+        Self(u64::from_le_bytes([a, b, c, d, e, f, g, h]), u32::from_le_bytes([i, j, k, l]))
+    }
+
+    #[inline]
+    fn destination(self) -> u64 {
+        self.0 & 0xffff_ffff_ffff
+    }
+
+    #[inline]
+    fn source(self) -> u64 {
+        self.0 >> 48 | u64::from(self.1) << 16
+    }
+
+    /// True if the destination is a group.
+    #[inline]
+    fn is_group(self) -> bool {
+        self.0 & 1 != 0
+    }
+
+    /// Checks the source: no group, and the one address that is allowed if there is one.
+    #[inline]
+    fn check(self, allowed: Option<Key>) -> Result<(), DropReason> {
+        if self.source() & 1 != 0 {
+            return Err(DropReason::SourceGroup);
+        }
+        match allowed {
+            Some(allowed) if allowed != Key::from_wire(self.source(), 0) => Err(DropReason::Spoofed),
+            _ => Ok(()),
+        }
+    }
 }
 
-/// Checks a frame's shape, finds its VLAN and checks its source.
+/// Checks a frame's shape and finds its VLAN.
 #[inline]
 fn admit(frame: &mut Frame, rules: &Rules, longest: u32) -> Result<(), DropReason> {
     if frame.len < ETHERNET {
@@ -174,14 +232,7 @@ fn admit(frame: &mut Frame, rules: &Rules, longest: u32) -> Result<(), DropReaso
     if frame.len > longest + if frame.tagged { TAG } else { 0 } && frame.offload.gso.is_none() {
         return Err(DropReason::IngressMtu);
     }
-    let [_, source] = addresses(frame);
-    if source[0] & 1 != 0 {
-        return Err(DropReason::SourceGroup);
-    }
-    match rules.source {
-        Some(allowed) if allowed != source => Err(DropReason::Spoofed),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 /// The VLAN of a frame with `tag` (0: untagged or priority-tagged) on an access or trunk port.
@@ -200,21 +251,35 @@ fn vlan_of(rule: &VlanRule, tag: u16) -> Result<u16, DropReason> {
 fn look_up(
     topology: &Topology,
     ingress: PortIndex,
-    lanes: &Lanes,
+    admitted: &Admitted,
     frames: &[Frame],
     plan: &mut Plan,
     tally: &mut Tally,
 ) {
-    for lane in lanes {
-        let frame = &frames[usize::from(lane.index)];
-        let known =
-            if lane.group { None } else { topology.fdb.lookup(lane.destination.0, lane.destination.1) };
+    let mut previous = None;
+    for &(index, at) in &admitted.frames {
+        let (Some(flow), Some(frame)) = (admitted.flows.get(usize::from(at)), frames.get(usize::from(index)))
+        else {
+            continue;
+        };
+        let known = match previous {
+            Some((flow, known)) if flow == at => known,
+            _ => known_port(topology, ingress, flow, frame),
+        };
+        previous = Some((at, known));
         match known {
-            Some(port) if port == ingress => plan.refuse(lane.index, DropReason::SamePort, tally),
-            Some(port) if reaches(topology, port, frame) => plan.deliver(port, lane.index),
-            _ => flood(topology, ingress, lane.index, frame, plan, tally),
+            Some(port) if port == ingress => plan.refuse(index, DropReason::SamePort, tally),
+            Some(port) => plan.deliver(port, index),
+            None => flood(topology, ingress, index, frame, plan, tally),
         }
     }
+}
+
+/// Where the flow's destination is, if that is known and `frame`, one of the flow, may go there.
+#[inline]
+fn known_port(topology: &Topology, ingress: PortIndex, flow: &Flow, frame: &Frame) -> Option<PortIndex> {
+    let port = if flow.group { None } else { topology.fdb.lookup(flow.destination.0, flow.destination.1) };
+    port.filter(|&port| port == ingress || reaches(topology, port, frame))
 }
 
 /// True if `frame` may leave through `port`.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use arc_swap::Cache;
 use vmq::frame::{Accepts, Burst, FrameStore};
+use vmq::ring::RingFault;
 use vmq::worker::{Nanos, Polled, Task, Wait};
 
 use crate::capture::Direction;
@@ -246,12 +247,16 @@ impl SourceQueue {
             self.switch(snapshot, &mut burst, plan, delivery, now, tally);
         }
         drop(burst);
+        // What is read from memory that is gone is nonsense, and not the fault to tell of.
+        if ring.lost() {
+            return Err(RingFault::MemoryLost.into());
+        }
         received?;
         if ring.complete() {
             self.counters.called();
         }
         if ring.lost() {
-            return Err(vmq::ring::RingFault::MemoryLost.into());
+            return Err(RingFault::MemoryLost.into());
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::fdb::{Fdb, Key, PortIndex};
+use crate::fdb::{Fdb, PortIndex};
 use crate::spec::VlanMode;
 
 /// Bytes of an Ethernet header without tag.
@@ -131,11 +131,5 @@ impl Topology {
     /// True if frames of `vlan` leave through `port` without tag.
     pub fn untags(&self, port: PortIndex, vlan: u16) -> bool {
         self.rules(port).is_some_and(|rules| rules.vlan.untags(vlan))
-    }
-
-    /// Key of an address in a VLAN.
-    #[inline]
-    pub(crate) fn key(address: &[u8; 6], vlan: u16) -> Key {
-        Key::new(*address, vlan)
     }
 }

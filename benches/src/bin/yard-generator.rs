@@ -16,7 +16,7 @@ struct Arguments {
     /// Socket of the second port.
     b: PathBuf,
     /// Bytes of a frame, without check sequence.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(60..=9000))]
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(60..=9000))]
     frame: u32,
     /// Addresses on each side.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]

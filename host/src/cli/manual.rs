@@ -86,8 +86,10 @@ pub fn write_pages(dir: &Path) -> io::Result<()> {
 /// `command`'s page of a section of the manual, with more sections at its end.
 fn page(command: Command, number: &str, sections: &[Section]) -> io::Result<Vec<u8>> {
     // What `--help` says after the options is said by the sections below.
-    let man =
-        Man::new(command.after_help("").disable_help_subcommand(true)).section(number).manual("Switchyard");
+    let man = Man::new(command.after_help("").disable_help_subcommand(true))
+        .section(number)
+        .manual("Switchyard")
+        .source(concat!("Switchyard ", env!("CARGO_PKG_VERSION")));
     let mut out = Vec::new();
     man.render_title(&mut out)?;
     man.render_name_section(&mut out)?;

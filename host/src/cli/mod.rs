@@ -16,3 +16,4 @@ mod top;
 pub use failure::{Failure, exit};
 pub use run::main;
 pub use show::offline_table;
+pub use table::colour;

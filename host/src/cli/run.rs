@@ -1,7 +1,7 @@
 //! One command from its words to its exit status.
 
 use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Parser;
@@ -12,7 +12,7 @@ use super::args::{Command, FdbCommand, PortCommand, PortName, QueueCommand, Swit
 use super::client::{Client, part};
 use super::failure::{Failure, exit};
 use super::model::{Addresses, Flushed, Port, Report, Switch, Version};
-use super::table::plain;
+use super::table::{colour, plain};
 use super::{capture, manual, ports, show, top};
 use crate::config::DEFAULT_SOCKET;
 
@@ -62,19 +62,26 @@ struct Session {
 async fn run(yard: Yard) -> Result<(), Failure> {
     let from_environment = || std::env::var_os("YARD_SOCKET").filter(|path| !path.is_empty());
     let socket = yard.socket.or_else(|| from_environment().map(PathBuf::from));
-    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let session = Session {
         client: Client::new(socket.unwrap_or_else(|| DEFAULT_SOCKET.into())),
         json: yard.json,
-        colour: io::stdout().is_terminal() && !no_color,
+        colour: colour(),
     };
+    let live = match &yard.command {
+        Command::Top(_) | Command::Capture(_) => true,
+        Command::Stats(args) => args.watch.is_some(),
+        _ => false,
+    };
+    if live && session.json {
+        return Err(Failure::usage("--json gives one answer of the API; this command shows more than one"));
+    }
     match yard.command {
         Command::Show => session.show().await,
         Command::Switch(command) => session.switch(command).await,
         Command::Port(command) => session.port(command).await,
         Command::Fdb(command) => session.fdb(command).await,
         Command::Queue(command) => session.queue(command).await,
-        Command::Stats(args) if session.json && args.watch.is_none() => session.json("/v1/report").await,
+        Command::Stats(_) if session.json => session.json("/v1/report").await,
         Command::Stats(args) => top::stats(&session.client, &args, session.colour).await,
         Command::Top(args) => top::top(&session.client, &args, session.colour).await,
         Command::Capture(args) => capture::capture(&session.client, &args).await,

@@ -32,27 +32,27 @@ pub fn everything(version: &Version, socket: &str, report: &Report, colour: bool
     out
 }
 
-/// Every fault, and every port that waits for something.
+/// Every fault, then every port that waits for something.
 fn faults(report: &Report, colour: bool) -> String {
-    let mut table = Table::new(&["FAULT", "", ""]);
+    let mut rows = Vec::new();
     for (switch, port) in ports(report) {
         let name = format!("{}/{}", switch.name, port.name);
         match port.state.as_str() {
-            "faulted" => table.row([
-                Cell::text(&name),
-                Cell::text("faulted").ink(Ink::Bad),
-                Cell::text(format!("{} (`yard port restart {name}` tries again)", port.reason)),
-            ]),
-            "waiting" => table.row([
-                Cell::text(&name),
-                Cell::text("waiting").ink(Ink::Warn),
-                Cell::text(format!("for {}", port.reason)),
-            ]),
+            "faulted" => {
+                let text = format!("{} (`yard port restart {name}` tries again)", port.reason);
+                rows.push((0, name.clone(), "faulted", Ink::Bad, text));
+            }
+            "waiting" => rows.push((2, name.clone(), "waiting", Ink::Warn, port.reason.clone())),
             _ => {}
         }
         if let Some(error) = &port.last_error {
-            table.row([Cell::text(&name), Cell::text("error").ink(Ink::Warn), Cell::text(error)]);
+            rows.push((1, name, "error", Ink::Warn, error.clone()));
         }
+    }
+    rows.sort_by_key(|&(gravity, ..)| gravity);
+    let mut table = Table::new(&["ATTENTION", "", ""]);
+    for (_, name, what, ink, text) in rows {
+        table.row([Cell::text(name), Cell::text(what).ink(ink), Cell::text(text)]);
     }
     if table.is_empty() { "No faults.\n\n".to_owned() } else { format!("{}\n", table.render("", colour)) }
 }

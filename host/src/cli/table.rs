@@ -1,5 +1,13 @@
 //! Plain tables: columns as wide as their cells, colour only if asked, nothing that a terminal would obey.
 
+use std::io::IsTerminal;
+
+/// Whether standard output takes colour: a terminal, unless `NO_COLOR` is set.
+pub fn colour() -> bool {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    std::io::stdout().is_terminal() && !unwanted
+}
+
 /// Emphasis of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ink {

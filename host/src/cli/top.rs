@@ -124,7 +124,7 @@ fn page(before: &Sample, after: &Sample, colour: bool) -> String {
     format!("yard top: {}\n\n{ports}\n{queues}", workers.join(", "))
 }
 
-/// The terminal's other screen while it is open; plain output elsewhere.
+/// The terminal's other screen, without cursor and line wrap, while it is open; plain output elsewhere.
 struct Screen {
     terminal: bool,
 }
@@ -133,7 +133,7 @@ impl Screen {
     fn open() -> Result<Self, Failure> {
         let terminal = std::io::stdout().is_terminal();
         if terminal {
-            print("\x1b[?1049h\x1b[?25l")?;
+            print("\x1b[?1049h\x1b[?25l\x1b[?7l")?;
         }
         Ok(Self { terminal })
     }
@@ -154,7 +154,7 @@ impl Drop for Screen {
     fn drop(&mut self) {
         if self.terminal {
             let mut out = std::io::stdout();
-            let _ = out.write_all(b"\x1b[?25h\x1b[?1049l").and_then(|()| out.flush());
+            let _ = out.write_all(b"\x1b[?7h\x1b[?25h\x1b[?1049l").and_then(|()| out.flush());
         }
     }
 }

@@ -62,16 +62,6 @@ pub(super) fn attachment(port: &Section<'_>, source: Source<'_>) -> Option<Attac
     }
 }
 
-/// How many queues an attachment has.
-pub(super) fn queue_count(attachment: &Attachment) -> u16 {
-    match *attachment {
-        Attachment::VhostUser { queues, .. }
-        | Attachment::Tap { queues, .. }
-        | Attachment::Uplink { queues, .. } => queues,
-        Attachment::Pcap { .. } => 1,
-    }
-}
-
 /// `queues`, 1 unless given; none if it is wrong.
 fn queues(section: &Section<'_>) -> Option<u16> {
     match section.get("queues") {

@@ -1,8 +1,8 @@
 //! The configuration file `switchyard.toml`, and the same grammar as JSON for requests to the API.
 //!
-//! A text becomes a tree that knows its lines ([`node`]), which is read key by key ([`field`]); whatever is wrong goes
-//! to one list ([`problem`]), so that an operator sees every mistake at once, each with file, line, key, what was found
-//! and what was expected. [`reference`] describes every key and makes the manual page.
+//! A text becomes a tree that knows its lines (`node`), which is read key by key (`field`); whatever is wrong goes to
+//! one list (`problem`), so that an operator sees every mistake at once, each with file, line, key, what was found and
+//! what was expected. [`mod@reference`] describes every key and makes the manual page.
 
 mod attach;
 mod conflicts;

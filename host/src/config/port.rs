@@ -7,10 +7,10 @@ use vmq::filter::{MAX_FILTERS, MAX_VLAN};
 use vmq::rss::MIN_KEY_LEN;
 use vswitch::fabric::PortChange;
 use vswitch::spec::{
-    Attachment, PortSpec, RssSpec, StaticAddress, SwitchKind, SwitchSpec, VlanMode, VmqSpec,
+    Attachment, Pace, PortSpec, RssSpec, StaticAddress, SwitchKind, SwitchSpec, VlanMode, VmqSpec,
 };
 
-use super::attach::{Source, attachment, queue_count};
+use super::attach::{Source, attachment};
 use super::field::{Field, Section};
 use super::node::Value;
 
@@ -61,10 +61,13 @@ pub(super) fn port(name: &str, section: &Section<'_>, around: Surroundings<'_>) 
     }
     let vlan = section.get("vlan").map_or(Some(VlanMode::Passthrough), |field| vlan(&field));
     // What could not be read does not bound what follows.
-    let queues = attachment.as_ref().map_or(PortSpec::MAX_QUEUES, queue_count);
+    let queues = attachment.as_ref().map_or(PortSpec::MAX_QUEUES, Attachment::queues);
     let carried = vlan.clone().unwrap_or_default();
 
-    let mut spec = PortSpec::new(name, attachment?);
+    // Without an attachment the other keys are read all the same, for the sake of their mistakes.
+    let attached = attachment.is_some();
+    let nothing = Attachment::Pcap { read: None, write: None, pace: Pace::Recorded, repeat: false };
+    let mut spec = PortSpec::new(name, attachment.unwrap_or(nothing));
     read_plain(section, &mut spec);
     if let Some(field) = section.get("security") {
         (spec.spoofing, spec.address_limit) = security(&field).unwrap_or_default();
@@ -82,7 +85,7 @@ pub(super) fn port(name: &str, section: &Section<'_>, around: Surroundings<'_>) 
         spec.pin = pin(&field, around.cpus, queues).unwrap_or_default();
     }
     spec.vlan = vlan?;
-    Some(spec)
+    attached.then_some(spec)
 }
 
 fn read_plain(section: &Section<'_>, spec: &mut PortSpec) {

@@ -19,7 +19,7 @@ use vswitch::fabric::{Fabric, run_offline};
 use self::args::Yardd;
 use self::notify::notify;
 use crate::api::{Api, Limits, Listener, serve};
-use crate::cli::offline_table;
+use crate::cli::{colour, offline_table};
 use crate::config::{Config, Machine, load};
 
 /// Runs `yardd` with the words of its command line; returns the exit status.
@@ -79,7 +79,7 @@ fn check(file: &Path, config: &Config) -> anyhow::Result<()> {
 fn offline(config: Config) -> anyhow::Result<()> {
     let switches = config.switches.into_iter().map(|switch| (switch.switch, switch.ports));
     let report = run_offline(switches.collect())?;
-    write!(io::stdout(), "{}", offline_table(&report, io::stdout().is_terminal()))?;
+    write!(io::stdout(), "{}", offline_table(&report, colour()))?;
     Ok(())
 }
 

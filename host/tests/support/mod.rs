@@ -51,10 +51,17 @@ impl Fake {
     /// A switch `lab` with a port in each state.
     pub fn with_lab() -> Arc<Self> {
         let fake = Self::default();
-        fake.add_switch(SwitchSpec { name: "lab".into(), kind: SwitchKind::Private, addresses: 16_384, aging: 300 }).unwrap();
+        fake.add_switch(SwitchSpec {
+            name: "lab".into(),
+            kind: SwitchKind::Private,
+            addresses: 16_384,
+            aging: 300,
+        })
+        .unwrap();
         for name in ["red", "blue", "grey", "replay"] {
             let path = format!("/run/switchyard/{name}.sock").into();
-            let attachment = Attachment::VhostUser { path, mode: vswitch::spec::SocketMode::Server, queues: 2 };
+            let attachment =
+                Attachment::VhostUser { path, mode: vswitch::spec::SocketMode::Server, queues: 2 };
             fake.add_port("lab", PortSpec::new(name, attachment)).unwrap();
         }
         let counted = |frames, bytes, drops: &[(DropReason, u64)]| CounterValues {
@@ -79,12 +86,7 @@ impl Fake {
         Arc::new(fake)
     }
 
-    fn change<T>(
-        &self,
-        switch: &str,
-        port: &str,
-        work: impl FnOnce(&mut PortReport) -> T,
-    ) -> Outcome<T> {
+    fn change<T>(&self, switch: &str, port: &str, work: impl FnOnce(&mut PortReport) -> T) -> Outcome<T> {
         let mut state = self.state();
         let ports = &mut find(&mut state.switches, switch)?.ports;
         let found = ports.iter_mut().find(|found| found.name == port);
@@ -234,7 +236,11 @@ impl Backend for Fake {
             data: vec![0xab; 60].into(),
             dropped,
         };
-        let frames = [frame(1_000_000_001, "red", None), frame(2, "blue", Some(DropReason::Spoofed)), frame(3, "red", None)];
+        let frames = [
+            frame(1_000_000_001, "red", None),
+            frame(2, "blue", Some(DropReason::Spoofed)),
+            frame(3, "red", None),
+        ];
         let ends = Arc::clone(&self.capture_ends);
         Ok(Box::new(FakeRecording { frames: Mutex::new(frames.into()), ends }))
     }
@@ -371,7 +377,8 @@ pub fn connect(socket: &Path) -> UnixStream {
 
 pub fn exchange(socket: &Path, method: &str, path: &str, body: &str) -> Answer {
     let mut stream = connect(socket);
-    write!(stream, "{method} {path} HTTP/1.1\r\nhost: y\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: y\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        .unwrap();
     Answer::read(&mut stream).expect("an answer")
 }
 

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use copy::prefetch;
+pub(crate) use copy::prefetch_write;
 pub use dirty::{DirtyLog, PAGE};
 pub use mapping::{Mapping, MappingError};
 pub use segment::{Next, Room, Segment};

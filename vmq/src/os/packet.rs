@@ -22,6 +22,7 @@ pub struct Flags {
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 const PACKET_FANOUT_HASH: libc::c_int = 0;
 const PACKET_FANOUT_FLAG_UNIQUEID: libc::c_int = 0x2000;
+const PACKET_FANOUT_FLAG_IGNORE_OUTGOING: libc::c_int = 0x4000;
 
 /// Bytes of frames that may wait in a socket, either way.
 const BUFFER: libc::c_int = 8 << 20;
@@ -86,7 +87,8 @@ pub fn open(name: &str, flags: Flags) -> io::Result<OwnedFd> {
 /// The device is down, or the sockets are of several devices.
 pub fn share(sockets: &[OwnedFd]) -> io::Result<()> {
     let Some((first, others)) = sockets.split_first() else { return Ok(()) };
-    let hash = PACKET_FANOUT_HASH << 16;
+    // The group decides about outgoing frames, whatever its sockets were told.
+    let hash = (PACKET_FANOUT_HASH | PACKET_FANOUT_FLAG_IGNORE_OUTGOING) << 16;
     let fd = std::os::fd::AsFd::as_fd(first);
     set(fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &(hash | (PACKET_FANOUT_FLAG_UNIQUEID << 16)))?;
     let mut group: libc::c_int = 0;

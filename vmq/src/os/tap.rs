@@ -14,7 +14,7 @@ pub const HEADER: usize = 12;
 pub struct Flags {
     /// Several queues on one device (`IFF_MULTI_QUEUE`); must be as it was when the device was made.
     pub multi_queue: bool,
-    /// Frames written enter the host's stack through NAPI (`IFF_NAPI`), where they are coalesced.
+    /// Frames written enter the host's stack through NAPI (`IFF_NAPI`).
     pub napi: bool,
 }
 

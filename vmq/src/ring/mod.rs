@@ -155,6 +155,9 @@ pub trait Virtqueue {
     /// Notes that `chain` is done with and `len` bytes of it were written. Visible after [`Virtqueue::publish`].
     fn push_used(&mut self, chain: &Chain, len: u32);
 
+    /// Brings the lines near that the next `count` calls of [`Virtqueue::push_used`] will write.
+    fn prefetch_used(&self, count: usize);
+
     /// Shows the driver all that was pushed; true if it wants an interrupt for it.
     fn publish(&mut self) -> bool;
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::walk::{self, Raw};
 use super::{Chain, DESC_WRITE, Descriptor, Inflight, Layout, LayoutError, Mark, RingFault, Virtqueue};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, prefetch_write};
 
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
@@ -41,6 +41,9 @@ impl Cursor {
         Self { at: base & !WRAP, wrap: base & WRAP != 0 }
     }
 }
+
+/// Descriptors in a cache line.
+const LINE_ENTRIES: usize = 4;
 
 /// A packed ring, device side.
 #[derive(Debug)]
@@ -253,6 +256,15 @@ impl Virtqueue for PackedRing {
         }
         if self.layout.log.is_some() {
             self.log_used(at);
+        }
+    }
+
+    #[inline]
+    fn prefetch_used(&self, count: usize) {
+        let mut cursor = self.used;
+        for _ in (0..count).step_by(LINE_ENTRIES) {
+            prefetch_write(self.layout.descriptors.ptr().wrapping_add(16 * usize::from(cursor.at)));
+            cursor.advance(LINE_ENTRIES as u16 % self.layout.size, self.layout.size);
         }
     }
 

@@ -4,13 +4,16 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::walk::{self, Raw};
 use super::{Chain, Descriptor, Inflight, Layout, Mark, RingFault, Virtqueue};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, prefetch_write};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`, and of the same value `VIRTQ_USED_F_NO_NOTIFY`.
 const SUPPRESS: u16 = 1;
 
 /// Offset of the first entry in the available and used rings.
 const ENTRIES: usize = 4;
+
+/// Used entries in a cache line.
+const LINE_ENTRIES: usize = 8;
 
 /// A split ring, device side.
 #[derive(Debug)]
@@ -190,6 +193,15 @@ impl Virtqueue for SplitRing {
             self.layout.device.ptr().add(ENTRIES + 8 * slot).cast::<u64>().write_unaligned(entry.to_le());
         }
         self.used = self.used.wrapping_add(1);
+    }
+
+    #[inline]
+    fn prefetch_used(&self, count: usize) {
+        let first = usize::from(self.used & self.mask);
+        for entry in (0..count).step_by(LINE_ENTRIES) {
+            let slot = (first + entry) & usize::from(self.mask);
+            prefetch_write(self.layout.device.ptr().wrapping_add(ENTRIES + 8 * slot));
+        }
     }
 
     #[inline]

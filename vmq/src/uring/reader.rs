@@ -172,9 +172,11 @@ impl Reader {
         }
         for (slot, result) in self.slots.chunks_exact_mut(SLOT).zip(results) {
             let room = &mut slot[begin..];
-            // SAFETY: the kernel writes into `room` only.
-            *result =
-                outcome(unsafe { libc::read(self.fd.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) });
+            // Not the C library's, which is a cancellation point and makes an idle poll dearer by a fifth.
+            *result = match rustix::io::read(&self.fd, room) {
+                Ok(len) => len as i32,
+                Err(error) => -error.raw_os_error(),
+            };
             if *result < 0 {
                 return;
             }
@@ -203,7 +205,9 @@ impl Reader {
         for (message, result) in self.messages.0.iter_mut().zip(results) {
             let header = &raw mut message.header;
             // SAFETY: the message was prepared above and points to a slot and to itself.
-            *result = outcome(unsafe { libc::recvmsg(self.fd.as_raw_fd(), header, libc::MSG_DONTWAIT) });
+            *result = outcome(unsafe {
+                libc::syscall(libc::SYS_recvmsg, self.fd.as_raw_fd(), header, libc::MSG_DONTWAIT)
+            });
             if *result < 0 {
                 return;
             }

@@ -119,7 +119,7 @@ impl Writer {
             let pieces = &self.pieces.0[range.0..range.1];
             // SAFETY: as above, for one frame.
             *result = outcome(unsafe {
-                libc::writev(self.fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int)
+                libc::syscall(libc::SYS_writev, self.fd.as_raw_fd(), pieces.as_ptr(), pieces.len())
             });
         }
     }

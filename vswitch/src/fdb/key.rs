@@ -23,6 +23,12 @@ impl Key {
         Self(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]) | u64::from(vlan & VLAN_MASK) << VLAN_SHIFT)
     }
 
+    /// The key of the address whose bytes are, in wire order from the low end, the low 48 bits of `address`.
+    #[inline]
+    pub fn from_wire(address: u64, vlan: u16) -> Self {
+        Self(address & ((1 << VLAN_SHIFT) - 1) | u64::from(vlan & VLAN_MASK) << VLAN_SHIFT)
+    }
+
     /// The address.
     pub fn mac(self) -> [u8; 6] {
         let [a, b, c, d, e, f, _, _] = self.0.to_le_bytes();

@@ -26,25 +26,51 @@ pub struct BadHeader {
     gso_type: u8,
 }
 
+/// A header in two words, as it goes to and from registers: bytes 0 to 7 and, in the low half of the second, 8 and 9;
+/// `num_buffers` is the high half.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Words {
+    /// `flags`, `gso_type`, `hdr_len`, `gso_size`, `csum_start`.
+    pub low: u64,
+    /// `csum_offset`, `num_buffers`.
+    pub high: u32,
+}
+
+impl Words {
+    /// The bytes in order.
+    pub fn bytes(self) -> [u8; FULL] {
+        let mut bytes = [0; FULL];
+        bytes[..8].copy_from_slice(&self.low.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.high.to_le_bytes());
+        bytes
+    }
+
+    /// Words of the first ten bytes of a header.
+    pub fn from_bytes(header: [u8; SHORT]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j] = header;
+        Self { low: u64::from_le_bytes([a, b, c, d, e, f, g, h]), high: u16::from_le_bytes([i, j]).into() }
+    }
+}
+
 /// Reads the header of a frame that a sender allowed to use `offered` wrote.
 ///
 /// # Errors
 /// [`BadHeader`] for an unknown type, or one that was not offered.
 #[inline]
-pub fn parse(header: [u8; SHORT], offered: Accepts) -> Result<Offload, BadHeader> {
+pub fn parse(header: Words, offered: Accepts) -> Result<Offload, BadHeader> {
     // Nearly all small frames: nothing asked.
-    if header[0] | header[1] == 0 {
+    if header.low & 0xffff == 0 {
         return Ok(Offload::default());
     }
     parse_offload(header, offered)
 }
 
-fn parse_offload(header: [u8; SHORT], offered: Accepts) -> Result<Offload, BadHeader> {
-    let [flags, gso_type, ..] = header;
+#[expect(clippy::cast_possible_truncation, reason = "fields are cut out of words")]
+fn parse_offload(header: Words, offered: Accepts) -> Result<Offload, BadHeader> {
+    let (flags, gso_type) = (header.low as u8, (header.low >> 8) as u8);
     let bad = BadHeader { flags, gso_type };
-    let field = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
     let checksum = if flags & NEEDS_CSUM != 0 {
-        Checksum::Partial { start: field(6), offset: field(8) }
+        Checksum::Partial { start: (header.low >> 48) as u16, offset: header.high as u16 }
     } else if flags & DATA_VALID != 0 {
         Checksum::Valid
     } else {
@@ -57,47 +83,45 @@ fn parse_offload(header: [u8; SHORT], offered: Accepts) -> Result<Offload, BadHe
         GSO_UDP_L4 => Some(GsoKind::Udp),
         _ => return Err(bad),
     };
-    let ecn = gso_type & GSO_ECN != 0;
-    let offload = Offload { checksum, gso: kind.map(|kind| Gso { kind, size: field(4), ecn }) };
+    let (size, ecn) = ((header.low >> 32) as u16, gso_type & GSO_ECN != 0);
+    let offload = Offload { checksum, gso: kind.map(|kind| Gso { kind, size, ecn }) };
     if offered.covers(&offload) { Ok(offload) } else { Err(bad) }
 }
 
-/// Writes the header for a receiver that takes `offload` as it is. `buffers` is how many the frame fills.
+/// The header for a receiver that takes `offload` as it is. `buffers` is how many the frame fills.
 #[inline]
-pub fn emit(offload: &Offload, accepts: Accepts, buffers: u16) -> [u8; FULL] {
-    let mut header = [0; FULL];
-    header[10..12].copy_from_slice(&buffers.to_le_bytes());
-    if offload.checksum != Checksum::Unknown || offload.gso.is_some() {
-        emit_offload(&mut header, offload, accepts);
+pub fn emit(offload: &Offload, accepts: Accepts, buffers: u16) -> Words {
+    let header = Words { low: 0, high: u32::from(buffers) << 16 };
+    if offload.checksum == Checksum::Unknown && offload.gso.is_none() {
+        return header;
     }
-    header
+    emit_offload(header, offload, accepts)
 }
 
-fn emit_offload(header: &mut [u8; FULL], offload: &Offload, accepts: Accepts) {
-    let mut field = |at: usize, value: u16| header[at..at + 2].copy_from_slice(&value.to_le_bytes());
+fn emit_offload(mut header: Words, offload: &Offload, accepts: Accepts) -> Words {
     if let Some(gso) = offload.gso {
-        let base = match gso.kind {
+        let kind = match gso.kind {
             GsoKind::Tcp4 => GSO_TCPV4,
             GsoKind::Tcp6 => GSO_TCPV6,
             GsoKind::Udp => GSO_UDP_L4,
         };
-        field(4, gso.size);
+        let kind = kind | if gso.ecn { GSO_ECN } else { 0 };
+        header.low |= u64::from(kind) << 8 | u64::from(gso.size) << 32;
         if let Checksum::Partial { start, .. } = offload.checksum {
             // A hint how much to keep contiguous: up to the end of the transport header without options.
-            field(2, start.saturating_add(if gso.kind == GsoKind::Udp { 8 } else { 20 }));
+            let hint = start.saturating_add(if gso.kind == GsoKind::Udp { 8 } else { 20 });
+            header.low |= u64::from(hint) << 16;
         }
-        header[1] = base | if gso.ecn { GSO_ECN } else { 0 };
     }
-    let mut field = |at: usize, value: u16| header[at..at + 2].copy_from_slice(&value.to_le_bytes());
     match offload.checksum {
         Checksum::Partial { start, offset } => {
-            field(6, start);
-            field(8, offset);
-            header[0] = NEEDS_CSUM;
+            header.low |= u64::from(NEEDS_CSUM) | u64::from(start) << 48;
+            header.high |= u32::from(offset);
         }
-        Checksum::Valid if accepts.contains(Accepts::CHECKSUM) => header[0] = DATA_VALID,
+        Checksum::Valid if accepts.contains(Accepts::CHECKSUM) => header.low |= u64::from(DATA_VALID),
         Checksum::Valid | Checksum::Unknown => {}
     }
+    header
 }
 
 #[cfg(test)]
@@ -111,14 +135,15 @@ mod tests {
             for ecn in [false, true] {
                 let offload = Offload { checksum: partial, gso: Some(Gso { kind, size: 1448, ecn }) };
                 let header = emit(&offload, Accepts::all(), 1);
-                assert_eq!(parse(header[..SHORT].try_into().unwrap(), Accepts::all()), Ok(offload));
+                assert_eq!(parse(header, Accepts::all()), Ok(offload));
             }
         }
         for checksum in [Checksum::Unknown, Checksum::Valid, partial] {
             let offload = Offload { checksum, gso: None };
             let header = emit(&offload, Accepts::all(), 3);
-            assert_eq!(header[10..], [3, 0]);
-            assert_eq!(parse(header[..SHORT].try_into().unwrap(), Accepts::all()), Ok(offload));
+            assert_eq!(header.bytes()[10..], [3, 0]);
+            let short = header.bytes()[..SHORT].try_into().unwrap();
+            assert_eq!(parse(Words::from_bytes(short), Accepts::all()), Ok(offload));
         }
     }
 
@@ -127,14 +152,15 @@ mod tests {
         let gso = Some(Gso { kind: GsoKind::Tcp4, size: 0x05a8, ecn: true });
         let offload = Offload { checksum: Checksum::Partial { start: 34, offset: 16 }, gso };
         assert_eq!(
-            emit(&offload, Accepts::all(), 2),
+            emit(&offload, Accepts::all(), 2).bytes(),
             [1, 0x81, 54, 0, 0xa8, 0x05, 34, 0, 16, 0, 2, 0]
         );
     }
 
     #[test]
     fn feature_that_was_not_negotiated_is_refused() {
-        let header = |flags, gso_type| [flags, gso_type, 0, 0, 100, 0, 34, 0, 16, 0];
+        let header =
+            |flags, gso_type| Words::from_bytes([flags, gso_type, 0, 0, 100, 0, 34, 0, 16, 0]);
         assert!(parse(header(1, 0), Accepts::empty()).is_err());
         assert!(parse(header(1, 1), Accepts::CHECKSUM).is_err());
         assert!(parse(header(1, 0x81), Accepts::CHECKSUM | Accepts::TCP4).is_err());
@@ -146,6 +172,6 @@ mod tests {
     #[test]
     fn verified_checksum_is_not_claimed_to_a_receiver_that_did_not_ask() {
         let offload = Offload { checksum: Checksum::Valid, gso: None };
-        assert_eq!(emit(&offload, Accepts::empty(), 1)[0], 0);
+        assert_eq!(emit(&offload, Accepts::empty(), 1).bytes()[0], 0);
     }
 }

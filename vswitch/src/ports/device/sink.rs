@@ -49,7 +49,7 @@ impl DeviceSink {
         let accepts = self.accepts;
         let mut gone = false;
         while !list.is_empty() && !gone {
-            let results = self.writer.write(burst, list, |frame| vnet::emit(&frame.offload, accepts, 1));
+            let results = self.writer.write(burst, list, |frame| vnet::emit(&frame.offload, accepts, 1).bytes());
             let (tried, rest) = list.split_at(results.len().min(list.len()));
             for (&index, &result) in tried.iter().zip(results) {
                 if result >= 0 {
@@ -62,10 +62,13 @@ impl DeviceSink {
             }
             list = rest;
         }
-        if !gone || (self.link == Link::Packet && packet::is_bound(self.writer.fd().as_fd())) {
+        if !gone {
             return Ok(());
         }
         tally.drop_many(DropReason::Faulted, list.len());
+        if self.link == Link::Packet && packet::is_bound(self.writer.fd().as_fd()) {
+            return Ok(());
+        }
         Err(DeviceError::Gone { device: Arc::clone(&self.device) })
     }
 }

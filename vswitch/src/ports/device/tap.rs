@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use vmq::os::{self, tap};
@@ -10,6 +11,9 @@ use vmq::uring::{Link, Reader, Tuning, Writer};
 
 use super::{DeviceError, DeviceQueue, DeviceSink, DeviceSource, kernel_accepts, setup};
 use crate::spec::TapSpec;
+
+/// How long a busy device is waited for.
+const PATIENCE: Duration = Duration::from_millis(300);
 
 /// How a TAP device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +24,7 @@ pub struct Options {
     pub mtu: u16,
     /// Take partial checksums and large frames from the host.
     pub offloads: bool,
-    /// See [`tap::Flags::napi`].
+    /// See [`tap::Flags::napi`]. Off by default, because it costs and, with one frame a write, coalesces nothing.
     pub napi: bool,
     /// How frames are moved.
     pub tuning: Tuning,
@@ -68,18 +72,32 @@ pub fn open(spec: &TapSpec, options: &Options) -> Result<Vec<DeviceQueue>, Devic
 fn open_name(name: &str, options: &Options) -> Result<Vec<(Arc<str>, OwnedFd)>, DeviceError> {
     let device: Arc<str> = name.into();
     let flags = tap::Flags { multi_queue: options.queues > 1, napi: options.napi };
-    let first = match tap::open(name, flags) {
+    let first = match open_patiently(name, flags) {
         // It exists, and was made with several queues.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput && !flags.multi_queue => {
-            tap::open(name, tap::Flags { multi_queue: true, ..flags })
+            open_patiently(name, tap::Flags { multi_queue: true, ..flags })
         }
         result => result,
     };
     let mut fds = vec![first.map_err(setup(&device, "open"))?];
     for _ in 1..options.queues {
-        fds.push(tap::open(name, flags).map_err(setup(&device, "open another queue of"))?);
+        fds.push(open_patiently(name, flags).map_err(setup(&device, "open another queue of"))?);
     }
     Ok(fds.into_iter().map(|fd| (Arc::clone(&device), fd)).collect())
+}
+
+/// Opens a queue. One that is busy may be free in a moment: a daemon that was killed, or a child process between `fork`
+/// and `exec`, holds its descriptors a little longer.
+fn open_patiently(name: &str, flags: tap::Flags) -> io::Result<OwnedFd> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match tap::open(name, flags) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
 }
 
 fn adopt(numbers: &[i32]) -> Result<Vec<(Arc<str>, OwnedFd)>, DeviceError> {

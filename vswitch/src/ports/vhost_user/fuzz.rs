@@ -12,7 +12,7 @@ use vmq::memory::Mapping;
 use zerocopy::FromBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
-use super::features::Negotiated;
+use super::features::{Features, Negotiated, Protocol};
 use super::message::{
     ConfigArea, Header, Incoming, InflightArea, Kind, LogArea, MAX_FDS, MemoryRegion, Request, VringAddress,
     VringFd, VringState,
@@ -227,6 +227,43 @@ impl Input<'_> {
     }
 }
 
+fn header(number: u32, flags: u32, payload: &[u8]) -> Header {
+    let size = U32::new(u32::try_from(payload.len()).unwrap_or(0));
+    Header { request: U32::new(number), flags: U32::new(flags), size }
+}
+
+/// What a well-behaved front-end sends to get two rings running, so that inputs need not find that out.
+fn prologue(packed: bool, config: &SessionConfig) -> Vec<Request> {
+    let features = Features::offered(config) & !Features::OFFLOADS & !Features::LOG_ALL;
+    let features = if packed { features } else { features - Features::RING_PACKED };
+    let whole = MemoryRegion { size: U64::new(FILE as u64), ..MemoryRegion::default() };
+    let mut requests = vec![
+        Request::SetProtocolFeatures(Protocol::offered(config).bits()),
+        Request::SetFeatures(features.bits()),
+        Request::SetMemTable(vec![whole]),
+    ];
+    for index in 0..2u8 {
+        let at = U64::new(0x4000 * u64::from(index));
+        let wire = U32::new(index.into());
+        let fd = VringFd { index, polled: false };
+        requests.extend([
+            Request::SetVringNum(VringState { index: wire, num: U32::new(16) }),
+            Request::SetVringAddr(VringAddress {
+                index: wire,
+                flags: U32::ZERO,
+                descriptors: at,
+                used: at + U64::new(0x1000),
+                available: at + U64::new(0x2000),
+                log: U64::ZERO,
+            }),
+            Request::SetVringCall(fd),
+            Request::SetVringKick(fd),
+            Request::SetVringEnable(VringState { index: wire, num: U32::new(1) }),
+        ]);
+    }
+    requests
+}
+
 /// Runs one input.
 ///
 /// # Panics
@@ -234,18 +271,32 @@ impl Input<'_> {
 pub fn fuzz(data: &[u8]) {
     let mut input = Input(data);
     let Ok((_, file)) = Mapping::memfd("fuzz", FILE) else { return };
-    let config = SessionConfig { queues: 2, config_space: input.byte() & 1 == 1, ..SessionConfig::default() };
+    let head = input.byte();
+    let config = SessionConfig { queues: 2, config_space: head & 1 == 1, ..SessionConfig::default() };
+    let mut known =
+        if head & 2 == 2 { prologue(head & 4 == 4, &config).into_iter() } else { Vec::new().into_iter() };
     let mut port = Port::default();
     let mut session = Session::new(config.clone());
     for _ in 0..STEPS {
+        if let Some(request) = known.next() {
+            let bytes = request.encode(false);
+            let payload = bytes.get(Header::LEN..).unwrap_or_default().to_vec();
+            let number = request.kind() as u32;
+            // With no input of its own, it gets the descriptors it needs.
+            let fds = Input(&[]).descriptors(number, &payload, &file);
+            let header = header(number, 1, &payload);
+            session
+                .handle(Incoming { header, payload, fds }, &mut port)
+                .expect("the prologue is well-behaved");
+            continue;
+        }
         if input.0.is_empty() {
             break;
         }
         let (number, payload) = input.message();
         let fds = input.descriptors(number, &payload, &file);
         let flags = 1 | if input.byte() & 1 == 1 { 8 } else { 0 };
-        let size = U32::new(u32::try_from(payload.len()).unwrap_or(0));
-        let header = Header { request: U32::new(number), flags: U32::new(flags), size };
+        let header = header(number, flags, &payload);
         let outcome = session.handle(Incoming { header, payload, fds }, &mut port);
         for index in 0..config.rings() {
             let installed = port.rings.get(index).is_some_and(Option::is_some);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FileType, Stat, fstat};
 use vmq::memory::{DirtyLog, GuestMemory, Mapping, MappingError, Region, RegionError};
+use zerocopy::IntoBytes;
 
 use super::message::{LogArea, MemoryRegion};
 
@@ -85,6 +86,14 @@ struct File {
 struct Slot {
     wire: MemoryRegion,
     file: File,
+    /// How often the front-end added it and has yet to remove it.
+    shown: u32,
+}
+
+impl Slot {
+    fn new(wire: &MemoryRegion, file: File) -> Self {
+        Self { wire: *wire, file, shown: 1 }
+    }
 }
 
 /// All regions of one guest.
@@ -121,27 +130,36 @@ impl MemoryTable {
         for (wire, extent) in regions.iter().zip(&extents) {
             let longest = extents.iter().filter(|other| other.id == extent.id).max_by_key(|other| other.len);
             let file = longest.unwrap_or(extent).map(&mut files)?;
-            slots.push(Slot { wire: *wire, file });
+            slots.push(Slot::new(wire, file));
         }
         self.install(slots, self.log.clone())
     }
 
     /// Adds a region (`ADD_MEM_REG`).
     ///
+    /// QEMU before 8.2 adds, and removes, each region once per queue pair, so the same one may come again.
+    ///
     /// # Errors
     /// [`TableError`]
     pub fn add(&mut self, wire: &MemoryRegion, fd: &OwnedFd) -> Result<(), TableError> {
+        let extent = Extent::of(wire, fd)?;
+        let same = |slot: &&mut Slot| slot.wire.as_bytes() == wire.as_bytes() && slot.file.id == extent.id;
+        if let Some(slot) = self.slots.iter_mut().find(same) {
+            slot.shown = slot.shown.saturating_add(1);
+            return Ok(());
+        }
         if self.slots.len() >= MAX_SLOTS {
             return Err(TableError::TooMany);
         }
         let mut files: Vec<File> = self.slots.iter().map(|slot| slot.file.clone()).collect();
-        let file = Extent::of(wire, fd)?.map(&mut files)?;
+        let file = extent.map(&mut files)?;
         let mut slots = self.slots.clone();
-        slots.push(Slot { wire: *wire, file });
+        slots.push(Slot::new(wire, file));
         self.install(slots, self.log.clone())
     }
 
-    /// Removes the region with the guest address, user address and size of `wire` (`REM_MEM_REG`).
+    /// Removes the region with the guest address, user address and size of `wire` (`REM_MEM_REG`), if it was not added
+    /// more often.
     ///
     /// # Errors
     /// [`TableError::Absent`]
@@ -151,6 +169,10 @@ impl MemoryTable {
         };
         let absent = TableError::Absent { guest: wire.guest.get(), size: wire.size.get() };
         let at = self.slots.iter().position(same).ok_or(absent)?;
+        if let Some(slot) = self.slots.get_mut(at).filter(|slot| slot.shown > 1) {
+            slot.shown -= 1;
+            return Ok(());
+        }
         let mut slots = self.slots.clone();
         slots.remove(at);
         self.install(slots, self.log.clone())
@@ -167,7 +189,7 @@ impl MemoryTable {
     fn install(&mut self, slots: Vec<Slot>, log: Option<DirtyLog>) -> Result<(), TableError> {
         let regions = slots
             .iter()
-            .map(|Slot { wire, file }| {
+            .map(|Slot { wire, file, .. }| {
                 let mapping = Arc::clone(&file.mapping);
                 Region::new(wire.guest.get(), wire.user.get(), wire.size.get(), mapping, wire.offset.get())
             })

@@ -15,7 +15,7 @@ use vmq::ring::{Chain, Mark, Ring, RingFault, Virtqueue};
 use vmq::with_ring;
 
 use crate::drops::DropReason;
-use crate::ports::vnet;
+use crate::ports::vnet::{self, Words};
 use crate::tally::Tally;
 
 /// What was negotiated for a ring.
@@ -70,11 +70,12 @@ impl ActiveRing {
     #[inline]
     pub fn put(&mut self, burst: &Burst<'_>, list: &[u8], tally: &mut Tally) -> Result<bool, RingFault> {
         let (memory, features) = (&*self.memory, &self.features);
-        with_ring!(&mut self.ring, ring => put(ring, memory, features, burst, list, tally))?;
+        let put = with_ring!(&mut self.ring, ring => put(ring, memory, features, burst, list, tally));
+        // What is read from memory that is gone is nonsense, and not the fault to tell of.
         if self.memory.lost() {
             return Err(RingFault::MemoryLost);
         }
-        Ok(self.complete())
+        put.map(|()| self.complete())
     }
 
     /// Shows the guest what is done with. True if it was interrupted.
@@ -143,8 +144,8 @@ fn receive<'m, R: Virtqueue>(
             receive_pieces(ring, chain, memory, features, burst, tally)?;
             continue;
         }
-        let header = segment.read::<{ vnet::SHORT }>().unwrap_or_default();
-        match vnet::parse(header, features.offered) {
+        let (low, high) = segment.read_words().unwrap_or_default();
+        match vnet::parse(Words { low, high: high.into() }, features.offered) {
             Err(_) => tally.drop(DropReason::BadHeader),
             Ok(offload) => {
                 let frame = segment.skip(skip);
@@ -194,7 +195,7 @@ fn receive_pieces<'m, R: Virtqueue>(
     }
     let mut short = [0; vnet::SHORT];
     short.copy_from_slice(&header[..vnet::SHORT]);
-    match vnet::parse(short, features.offered) {
+    match vnet::parse(Words::from_bytes(short), features.offered) {
         Err(_) => tally.drop(DropReason::BadHeader),
         Ok(offload) if fits && burst.push_pieces(pieces.iter().copied(), offload) => {
             tally.moved(burst.frames().last().map_or(0, |frame| frame.len));
@@ -228,6 +229,7 @@ impl<'m> Buffers<'m> {
     ) -> Result<(), RingFault> {
         self.taken.clear();
         self.at = 0;
+        ring.prefetch_used(count.min(BURST_FRAMES));
         for _ in 0..count.min(BURST_FRAMES) {
             let mark = ring.mark();
             let Some(chain) = ring.pop(memory)? else { break };
@@ -283,7 +285,7 @@ fn put<R: Virtqueue>(
                     Some(next) => next_copy(burst, next, &buffers),
                     None => Next::NONE,
                 };
-                let room = room.write(&header[..header_len]);
+                let room = room.write_words(header.low, header.high, features.full_header);
                 write_frame(room, burst, frame, next);
                 let written = frame.len + if features.full_header { 12 } else { 10 };
                 ring.push_used(chain, written);
@@ -323,7 +325,7 @@ fn next_copy(burst: &Burst<'_>, next: &Frame, buffers: &Buffers<'_>) -> Next {
 fn write_frame(room: Room<'_>, burst: &Burst<'_>, frame: &Frame, next: Next) {
     // The usual small frame: a copy of constant size.
     let mut room =
-        if frame.len as usize >= HEAD_BYTES { room.write(&frame.head) } else { room.write(frame.head()) };
+        if frame.len as usize >= HEAD_BYTES { room.write_array(&frame.head) } else { room.write(frame.head()) };
     for &segment in burst.tail(frame) {
         room = room.copy(segment, next);
     }
@@ -406,7 +408,7 @@ fn put_pieces<'m, R: Virtqueue>(
         }
     }
     // At most MAX_BUFFERS.
-    let header = vnet::emit(&frame.offload, features.accepts, chains.len() as u16);
+    let header = vnet::emit(&frame.offload, features.accepts, chains.len() as u16).bytes();
     let pieces = [Segment::from(&header[..features.header_len()]), Segment::from(frame.head())];
     let mut source = Source { pieces, tail: burst.tail(frame), at: 0, offset: 0 };
     for chain in &chains {

@@ -181,6 +181,20 @@ fn memory_regions_come_and_go_one_by_one_under_running_rings() {
 }
 
 #[test]
+fn memory_region_added_once_per_queue_pair_stays_until_removed_as_often() {
+    let mut guest = Guest::new(Form::Split, 1);
+    let mut lab = Lab::new(pairs(1));
+    lab.front.negotiate(guest.features(), Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS).unwrap();
+    for _ in 0..2 {
+        lab.front.tell(&Request::AddMemReg(guest.region()), &[guest.arena.fd()]).unwrap();
+    }
+    guest.start_rings(&mut lab.front, &[0, 0]);
+    lab.front.tell(&Request::RemMemReg(guest.region()), &[]).unwrap();
+    guest.round_trip(0, &lab.port, 4);
+    lab.leave().unwrap();
+}
+
+#[test]
 fn memory_region_beyond_the_last_slot_ends_the_session() {
     let mut lab = Lab::new(pairs(1));
     lab.front.negotiate(Features::empty(), Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS).unwrap();

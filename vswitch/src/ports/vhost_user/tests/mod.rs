@@ -2,6 +2,5 @@ mod control;
 mod conversation;
 mod hostile;
 mod migration;
-mod real;
 mod rig;
 mod wire;

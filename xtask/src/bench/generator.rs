@@ -1,0 +1,85 @@
+//! The saturating generator: what a switch can do when its client is no limit.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use switchyard_tests::process::{command, output};
+
+use super::peers::{CLIENT_CPU, Kind, Needs, Switch};
+use super::plan::{Figure, Peer, Plan};
+use super::table::{Report, Row, Table};
+
+/// The generator's addresses if it has one a side.
+const MACS: [&str; 2] = ["02:00:00:00:00:00", "02:01:00:00:00:00"];
+
+/// Seconds from the generator's start to its measurement: OVS sets its queues up anew for each client.
+const WARM_UP: &str = "1.5";
+
+/// What the generator sends.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Bytes of a frame, without check sequence.
+    pub frame: u32,
+    /// Addresses on each side.
+    pub addresses: u32,
+    /// Packed rings.
+    pub packed: bool,
+}
+
+/// Runs the generator once against two sockets: millions of frames a second.
+pub fn generate(plan: &Plan, [a, b]: [&Path; 2], load: Load) -> Result<f64> {
+    let mut generator = command(plan.programs.join("yard-generator"));
+    generator.args([a, b]).args(["--cpu", &CLIENT_CPU.to_string(), "--warm-up", WARM_UP]);
+    generator.args(["--frame", &load.frame.to_string(), "--addresses", &load.addresses.to_string()]);
+    generator.args(["--seconds", &plan.seconds().to_string()]);
+    if load.packed {
+        generator.arg("--packed");
+    }
+    let text = output(&mut generator)?;
+    let json: Value = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
+    json["mpps"].as_f64().context("the generator says no rate")
+}
+
+/// Measures all loads, or only those of `frames` bytes.
+pub fn run(plan: &Plan, packed: bool, frames: &[u32], report: &mut Report) -> Result<()> {
+    let rings = if packed { "packed" } else { "split" };
+    let mut rates =
+        Table::new(format!("saturating generator over vhost-user, {rings} rings, both directions added"));
+    let mut cycles = Table::new("what a packet costs yardd, by its own count");
+    let loads = [(64, 1), (64, 1024), (1518, 1)].map(|(frame, addresses)| Load { frame, addresses, packed });
+    for load in loads.into_iter().filter(|load| frames.is_empty() || frames.contains(&load.frame)) {
+        let (rate, cost) = one_load(plan, load)?;
+        rates.rows.push(rate);
+        cycles.rows.push(cost);
+    }
+    report.tables.extend([rates, cycles]);
+    Ok(())
+}
+
+fn one_load(plan: &Plan, load: Load) -> Result<(Row, Row)> {
+    let plural = if load.addresses == 1 { "" } else { "es" };
+    let what = format!("{} B, {} address{plural} a side", load.frame, load.addresses);
+    plan.say(format_args!("{what}: starting three switches"));
+    // A port that checks its guest's address admits only one.
+    let macs = (load.addresses == 1).then_some(MACS);
+    let needs = Needs { frame: load.frame, macs, addresses: None };
+    let mut switches = Vec::new();
+    for kind in [Kind::Yardd, Kind::Ovs, Kind::Io] {
+        let mut switch = Switch::start(plan, kind, &needs)?;
+        switch.freeze()?;
+        switches.push(switch);
+    }
+    let mut cycles = Vec::new();
+    let rate = plan.interleave(&Figure::new(what.clone(), "Mpps"), &mut switches, |switch| {
+        let before = switch.work()?;
+        let rate = generate(plan, switch.sockets(), load)?;
+        if let (Some(before), Some(after)) = (before, switch.work()?) {
+            cycles.push(after.cycles_since(&before));
+        }
+        Ok(rate)
+    })?;
+    // The warm-up's.
+    cycles.remove(0);
+    Ok((rate, Row::alone(what, "cycles", "yardd", cycles)))
+}
