@@ -172,7 +172,15 @@ pub struct Testpmd {
 impl Testpmd {
     /// Starts a client and waits for its prompt. Nothing is forwarded yet.
     pub fn start(lab: &Lab, spec: &TestpmdSpec) -> Result<Self> {
-        Self::launch(lab, spec.cpu, &spec.arguments())
+        for port in spec.ports.iter().filter(|port| port.role == Role::Server) {
+            // DPDK does not listen on a path that exists.
+            let _ = std::fs::remove_file(&port.path);
+        }
+        let testpmd = Self::launch(lab, spec.cpu, &spec.arguments())?;
+        if testpmd.process.log().contains("probe failed") {
+            bail!("testpmd has not all its ports:\n{}", testpmd.process.log());
+        }
+        Ok(testpmd)
     }
 
     /// Starts testpmd as a *switch* that copies between two vhost ports and looks at nothing: DPDK's own

@@ -43,6 +43,9 @@ pub struct Options {
     /// Only these frame sizes, such as 64,1518 (vhost and generator).
     #[arg(long, value_delimiter = ',')]
     frames: Vec<u32>,
+    /// Measure the programs in this folder instead of a fresh release build.
+    #[arg(long)]
+    programs: Option<PathBuf>,
     /// Where the raw figures go [default: target/bench/WHAT.json].
     #[arg(long)]
     json: Option<PathBuf>,
@@ -129,7 +132,10 @@ fn run_one(options: &Options, what: What) -> Result<()> {
         return build::cargo(&["bench", "--package", "switchyard-benches"]);
     }
     setup::ensure(&what.packages())?;
-    let programs = build::release()?;
+    let programs = match &options.programs {
+        Some(folder) => std::path::absolute(folder)?,
+        None => build::release()?,
+    };
     // Held to the end: nothing else of the lab may run beside a measurement.
     let _machine = Lab::exclusive()?;
     if let Some(reason) = setup::lacks(what.needs()) {
