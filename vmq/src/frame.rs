@@ -77,6 +77,9 @@ pub struct Offload {
 }
 
 impl Offload {
+    /// Nothing known, nothing left to be done.
+    pub const NONE: Self = Self { checksum: Checksum::Unknown, gso: None };
+
     /// Nothing to be done by anyone.
     #[inline]
     pub fn is_plain(&self) -> bool {
@@ -147,7 +150,7 @@ impl Frame {
         len: 0,
         tail_at: 0,
         tail_count: 0,
-        offload: Offload { checksum: Checksum::Unknown, gso: None },
+        offload: Offload::NONE,
         hash: None,
         vlan: 0,
         tagged: false,
@@ -243,7 +246,7 @@ impl<'m> Burst<'m> {
     }
 
     /// Adds a frame that lies in one piece. False if there is no room or it is longer than [`MAX_FRAME`].
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, whole: Segment<'m>, offload: Offload) -> bool {
         if self.count == BURST_FRAMES || whole.len() > MAX_FRAME {
             return false;
@@ -284,7 +287,7 @@ impl<'m> Burst<'m> {
         true
     }
 
-    #[inline]
+    #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "both are at most BURST_SEGMENTS")]
     fn admit(&mut self, len: u32, tail_at: usize, offload: Offload) {
         let tail_count = self.tails.len() - tail_at;

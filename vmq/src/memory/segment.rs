@@ -1,6 +1,7 @@
 //! Checked ranges of memory: [`Segment`] to read from, [`Room`] to write to.
 
 use std::marker::PhantomData;
+use std::ptr::NonNull;
 
 use super::{DirtyLog, copy};
 
@@ -125,7 +126,7 @@ impl<'m> Segment<'m> {
 /// Bytes to be written, somewhere in a guest's memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Room<'m> {
-    ptr: *mut u8,
+    ptr: NonNull<u8>,
     len: u32,
     gpa: u64,
     log: Option<&'m DirtyLog>,
@@ -136,6 +137,8 @@ impl<'m> Room<'m> {
     /// `ptr..ptr + len` must be mapped, and shared memory of a guest, for `'m`.
     #[inline]
     pub(super) unsafe fn from_raw(ptr: *mut u8, len: u32, gpa: u64, log: Option<&'m DirtyLog>) -> Self {
+        // SAFETY: a mapped address is not null.
+        let ptr = unsafe { NonNull::new_unchecked(ptr) };
         Self { ptr, len, gpa, log }
     }
 
@@ -154,8 +157,8 @@ impl<'m> Room<'m> {
     /// Brings the lines of the first `count` bytes (up to two lines) near, to be written.
     #[inline]
     pub fn prefetch(&self, count: usize) {
-        copy::prefetch_write(self.ptr);
-        copy::prefetch_write(self.ptr.wrapping_add(count));
+        copy::prefetch_write(self.ptr.as_ptr());
+        copy::prefetch_write(self.ptr.as_ptr().wrapping_add(count));
     }
 
     /// The room behind the first `count` bytes (empty if it has fewer).
@@ -175,7 +178,7 @@ impl<'m> Room<'m> {
             return self.write(bytes);
         }
         // SAFETY: `N <= len` bytes are mapped; guest memory never overlaps our own.
-        unsafe { copy::any(self.ptr, bytes.as_ptr(), N) };
+        unsafe { copy::any(self.ptr.as_ptr(), bytes.as_ptr(), N) };
         self.written(N)
     }
 
@@ -207,7 +210,7 @@ impl<'m> Room<'m> {
     pub fn write(self, bytes: &[u8]) -> Self {
         let count = bytes.len().min(self.len as usize);
         // SAFETY: `count` bytes of both are valid; guest memory never overlaps our own.
-        unsafe { copy::small(self.ptr, bytes.as_ptr(), count) };
+        unsafe { copy::small(self.ptr.as_ptr(), bytes.as_ptr(), count) };
         self.written(count)
     }
 
@@ -218,7 +221,7 @@ impl<'m> Room<'m> {
     pub fn copy(self, segment: Segment<'_>, next: Next) -> Self {
         let count = segment.len.min(self.len) as usize;
         // SAFETY: `count` bytes of both are mapped.
-        unsafe { copy::bulk(self.ptr, segment.ptr, count, next) };
+        unsafe { copy::bulk(self.ptr.as_ptr(), segment.ptr, count, next) };
         self.written(count)
     }
 
@@ -247,6 +250,6 @@ impl Next {
     /// `segment` will be copied into `room`.
     #[inline]
     pub fn new(segment: Segment<'_>, room: Room<'_>) -> Self {
-        Self { from: segment.ptr, to: room.ptr, len: segment.len.min(room.len) as usize }
+        Self { from: segment.ptr, to: room.ptr.as_ptr(), len: segment.len.min(room.len) as usize }
     }
 }

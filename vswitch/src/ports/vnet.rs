@@ -37,6 +37,12 @@ pub struct Words {
 }
 
 impl Words {
+    /// True if the sender leaves nothing to be done and says nothing about checksums.
+    #[inline]
+    pub fn is_plain(self) -> bool {
+        self.low & 0xffff == 0
+    }
+
     /// The bytes in order.
     pub fn bytes(self) -> [u8; FULL] {
         let mut bytes = [0; FULL];
@@ -59,7 +65,7 @@ impl Words {
 #[inline]
 pub fn parse(header: Words, offered: Accepts) -> Result<Offload, BadHeader> {
     // Nearly all small frames: nothing asked.
-    if header.low & 0xffff == 0 {
+    if header.is_plain() {
         return Ok(Offload::default());
     }
     parse_offload(header, offered)

@@ -6,7 +6,8 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use serde_json::Value;
 use switchyard_tests::iperf::{Load, iperf};
 use switchyard_tests::station::{Job, Output, Station};
 
@@ -19,7 +20,7 @@ use super::table::{Report, Table};
 const LOADS: [(&str, &str, Load); 3] = [
     ("TCP, 1 stream", "Gbit/s", Load::Tcp { streams: 1 }),
     ("TCP, 4 streams", "Gbit/s", Load::Tcp { streams: 4 }),
-    ("UDP of 64 B frames", "kpps", SHORT),
+    ("UDP of 64 B frames, iperf3", "kpps", SHORT),
 ];
 
 /// A station whose commands stay on the clients' processor.
@@ -51,8 +52,11 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     let kinds = [Kind::Yardd, Kind::Bridge, Kind::Ovs];
     let mut peers = kinds.into_iter().map(|kind| Joined::start(plan, kind)).collect::<Result<Vec<_>>>()?;
     for (pinned, title) in [
-        (true, "two network namespaces, iperf3 on one processor, the switch on the other, MTU 1500"),
-        (false, "two network namespaces, iperf3 on all processors, MTU 1500"),
+        (
+            true,
+            "two network namespaces, sender and receiver on one processor, the switch on the other, MTU 1500",
+        ),
+        (false, "two network namespaces, sender and receiver on all processors, MTU 1500"),
     ] {
         let mut table = Table::new(title);
         for (what, unit, load) in LOADS {
@@ -60,9 +64,30 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
                 measure(peer, pinned, load, plan.seconds())
             })?);
         }
+        let figure = Figure::new("UDP of 64 B frames, flood", "kpps");
+        table.rows.push(plan.interleave(&figure, &mut peers, |peer| flood(plan, peer, pinned))?);
         report.tables.push(table);
     }
     Ok(())
+}
+
+/// Thousands of frames a second that arrive at the right namespace's device, while the left one sends what it can. At
+/// this rate iperf3 measures itself: its receiver takes more time for a datagram than a switch does.
+fn flood(plan: &Plan, peer: &Joined, pinned: bool) -> Result<f64> {
+    let flood = plan.programs.join("yard-flood");
+    let line = format!("{} {RIGHT}:9 --seconds {}", flood.display(), plan.seconds());
+    let line = if pinned { Pinned::line(&line) } else { line };
+    let before = arrived(peer)?;
+    let text = peer.left.check(&line, plan.window() + Duration::from_secs(20))?;
+    let frames = arrived(peer)?.saturating_sub(before);
+    let json: Value = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
+    Ok(frames as f64 / json["seconds"].as_f64().context("the flood says no duration")? / 1e3)
+}
+
+/// Frames that the devices of the right namespace have received.
+fn arrived(peer: &Joined) -> Result<u64> {
+    let text = peer.right.check("cat /sys/class/net/*/statistics/rx_packets", Duration::from_secs(10))?;
+    text.lines().map(|line| line.trim().parse::<u64>().with_context(|| format!("no count: {line:?}"))).sum()
 }
 
 fn measure(peer: &Joined, pinned: bool, load: Load, seconds: u32) -> Result<f64> {
