@@ -6,7 +6,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use vmq::doorbell::Doorbell;
@@ -302,6 +302,16 @@ impl Player {
             left += lane.out.iter().flatten().count();
         }
         Ok(left == 0)
+    }
+
+    /// Waits until the switch has taken all that was sent.
+    pub fn flush(&mut self, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        while !self.is_sent()? {
+            ensure!(start.elapsed() < limit, "the switch did not take all that was sent");
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
     }
 
     /// The next frame of any queue.

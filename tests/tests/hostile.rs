@@ -67,7 +67,7 @@ impl<'a> Scene<'a> {
         self.yardd.wait_for_port("lab", "evil", "up")?;
         let frame = numbered::frame(EVIL, EVIL.map(|byte| byte ^ 0x10), 1, 1, 100);
         ensure!(good.send(0, &frame)?, "the ring of a new guest is full");
-        wait_for("the switch to take a frame", LIMIT, || good.is_sent())?;
+        good.flush(LIMIT)?;
         drop(good);
         self.yardd.wait_for_port("lab", "evil", "waiting")
     }
@@ -265,7 +265,7 @@ fn doorbell_storm_and_full_ring_harm_nobody_else() -> Result<()> {
             wait_for("room in the ring", LIMIT, || stranger.send(0, &frame))?;
             // The witnesses get them as well, and need a moment to read them.
             if sequence % 32 == 31 {
-                wait_for("the switch to take all", LIMIT, || stranger.is_sent())?;
+                stranger.flush(LIMIT)?;
                 scene.witness.see(50)?;
             }
         }
@@ -349,7 +349,7 @@ fn misshapen_frames_are_dropped_and_counted() -> Result<()> {
         send([1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], &broadcast(64))?;
         send([0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &broadcast(64))?;
         send([0, 0x7f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &broadcast(64))?;
-        wait_for("the switch to take all", LIMIT, || evil.is_sent())?;
+        evil.flush(LIMIT)?;
         let port = scene.yardd.port("lab", "evil")?;
         ensure!(port["state"] == "up", "{port}");
         let drops = &port["received"]["drops"];
@@ -375,7 +375,7 @@ fn flood_of_source_addresses_stays_within_the_ports_limit() -> Result<()> {
             // The guest's own ring fills with what nobody else is known to want.
             while evil.receive()?.is_some() {}
         }
-        wait_for("the switch to take all", LIMIT, || evil.is_sent())?;
+        evil.flush(LIMIT)?;
         let shown: serde_json::Value =
             serde_json::from_str(&scene.yardd.yard(&["--json", "fdb", "show", "lab", "--port", "evil"])?)?;
         let learnt = shown["addresses"].as_array().map_or(0, Vec::len);
@@ -413,7 +413,7 @@ fn configured_address_cannot_be_stolen() -> Result<()> {
             let frame = numbered::frame([2, 0, 0, 0, 0x77, 1], [2, 0, 0, 0, 0x77, 2], 5, sequence, 64);
             wait_for("room in the ring", LIMIT, || evil.send(0, &frame))?;
         }
-        wait_for("the switch to take all", LIMIT, || evil.is_sent())?;
+        evil.flush(LIMIT)?;
         witness.see(500)?;
         let (_, conversation) = witness.finish()?;
         drop(conversation);

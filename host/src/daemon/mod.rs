@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 use vswitch::fabric::{Fabric, run_offline};
+use vswitch::spec::Attachment;
 
 use self::args::Yardd;
 use self::notify::notify;
@@ -147,17 +148,20 @@ async fn end(fabric: Arc<Fabric>) -> anyhow::Result<()> {
 /// Makes what the configuration asks for; everything that cannot be made is reported at once.
 fn apply(fabric: &Fabric, config: Config) -> anyhow::Result<()> {
     let mut refused = Vec::new();
+    let mut ports = Vec::new();
     for wanted in config.switches {
         let name = wanted.switch.name.clone();
-        if let Err(error) = fabric.add_switch(wanted.switch) {
-            refused.push(format!("switch.{name}: {error}"));
-            continue;
+        match fabric.add_switch(wanted.switch) {
+            Ok(()) => ports.extend(wanted.ports.into_iter().map(|port| (name.clone(), port))),
+            Err(error) => refused.push(format!("switch.{name}: {error}")),
         }
-        for port in wanted.ports {
-            let path = format!("switch.{name}.port.{}", port.name);
-            if let Err(error) = fabric.add_port(&name, port) {
-                refused.push(format!("{path}: {error}"));
-            }
+    }
+    // A capture is played to all the others.
+    ports.sort_by_key(|(_, port)| matches!(port.attachment, Attachment::Pcap { read: Some(_), .. }));
+    for (switch, port) in ports {
+        let path = format!("switch.{switch}.port.{}", port.name);
+        if let Err(error) = fabric.add_port(&switch, port) {
+            refused.push(format!("{path}: {error}"));
         }
     }
     if refused.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("{}", refused.join("\nyardd: "))) }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::attach::{self, Attached};
-use super::switch::{Port, steering};
+use super::switch::{Port, Switch, steering};
 use super::{Fabric, validate};
 use crate::drops::DropReason;
 use crate::error::FabricError;
@@ -48,19 +48,19 @@ impl Fabric {
         let waits_for = spec.attachment.waits_for();
         let snapshot = Arc::clone(&owner.snapshot);
         let core = Arc::new(PortCore::new(id, names, index, snapshot, waits_for, self.events.clone()));
-        let mut port = self.queues(spec, core)?;
-        let result = owner.pin_addresses(&port).and_then(|()| {
-            port.attached = attach::guest(&self.vhost, &port.core, &port);
-            self.attach(&port)
-        });
-        if let Err(error) = result {
+        let name = spec.name.clone();
+        let port = self.queues(spec, core)?;
+        if let Err(error) = owner.pin_addresses(&port) {
             self.dismantle(&port);
             owner.forget_port(index);
             return Err(error);
         }
-        owner.ports.insert(port.spec.name.clone(), port);
+        // The switch knows the port before its first frame comes.
+        owner.ports.insert(name.clone(), port);
         owner.publish();
-        Ok(())
+        let port = owner.port_mut(&name)?;
+        port.attached = attach::guest(&self.vhost, &port.core, port);
+        self.attach(port).inspect_err(|_| self.take_out(owner, &name))
     }
 
     /// A port's queues, placed on workers.
@@ -107,12 +107,16 @@ impl Fabric {
         let mut inner = self.lock();
         let owner = inner.switch_mut(switch)?;
         owner.port(port)?;
+        self.take_out(owner, port);
+        Ok(())
+    }
+
+    fn take_out(&self, owner: &mut Switch, port: &str) {
         if let Some(removed) = owner.ports.remove(port) {
             owner.publish();
             self.dismantle(&removed);
             owner.forget_port(removed.core.index);
         }
-        Ok(())
     }
 
     /// Changes what may be changed while a port runs.

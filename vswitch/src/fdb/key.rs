@@ -76,11 +76,11 @@ impl Secret {
         Self([seed[0] ^ 0x243f_6a88_85a3_08d3, seed[1] ^ 0x1319_8a2e_0370_7344])
     }
 
-    /// Two rounds of a folded 64 × 64 → 128 bit product.
+    /// A folded 64 × 64 → 128 bit product. One round suffices against guests: they do not see where a key went.
     #[inline]
     pub fn hash(self, key: Key) -> u64 {
         let Self([a, b]) = self;
-        fold(fold(key.0 ^ a, b) ^ b, a)
+        fold(key.0 ^ a, b | 1)
     }
 }
 

@@ -120,7 +120,9 @@ impl ActiveRing {
 const MAX_BUFFERS: usize = 1024;
 
 /// How many frames descriptors and lines are fetched ahead.
-const AHEAD: usize = 16;
+///
+/// 8 to 64 were tried: 8 and 64 cost 3 to 5 %, there is little between the others.
+const AHEAD: usize = 32;
 
 /// Bytes at a buffer's start that hold header and head.
 const NEAR: usize = vnet::FULL + HEAD_BYTES - 1;
@@ -135,6 +137,7 @@ fn receive<'m, R: Virtqueue>(
     ring.refresh()?;
     let mut taken = ArrayVec::<(Chain, Segment<'m>), BURST_FRAMES>::new();
     let mut wanted = burst.room();
+    ring.prefetch_used(wanted);
     let mut done = 0;
     loop {
         while wanted > 0 && taken.len() < done + AHEAD {
