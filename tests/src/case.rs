@@ -46,7 +46,10 @@ fn logs(lab: &Lab) -> String {
     let mut shown = String::new();
     let entries = std::fs::read_dir(lab.dir()).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()) {
-        if !path.extension().is_some_and(|extension| extension == "log" || extension == "qemu") {
+        if !path
+            .extension()
+            .is_some_and(|extension| ["log", "qemu", "console"].iter().any(|shown| extension == *shown))
+        {
             continue;
         }
         let text = std::fs::read(&path).unwrap_or_default();

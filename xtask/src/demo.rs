@@ -10,7 +10,6 @@ use switchyard_tests::lab::Lab;
 use switchyard_tests::netns::Netns;
 use switchyard_tests::nic::{Nic, Role};
 use switchyard_tests::ping::{Ping, ping};
-use switchyard_tests::process::Process;
 use switchyard_tests::setup::{self, Need};
 use switchyard_tests::station::Station;
 use switchyard_tests::yardd::Yardd;
@@ -25,8 +24,9 @@ pub struct Options {
     capture: PathBuf,
 }
 
-/// A capture of programs that talked HTTP, DNS and SSH-like chatter, recorded in two namespaces.
-const REPLAYED: &str = "examples/talk.pcapng";
+/// What two programs said to each other (HTTP, ping, UDP), recorded between two namespaces, one file a side: replayed
+/// through two ports they talk again, through the switch.
+const REPLAYED: [&str; 2] = ["examples/talk-client.pcapng", "examples/talk-server.pcapng"];
 
 /// Prints what is being done, with the seconds since the start.
 struct Progress(Instant);
@@ -75,18 +75,21 @@ mac = "02:00:00:00:00:02"
 tap = {{ name = "yard-left" }}
 [switch.lab.port.right]
 tap = {{ name = "yard-right" }}
-[switch.lab.port.replay]
-pcap = {{ read = {read:?}, write = {write:?}, pace = "recorded" }}
+[switch.lab.port.client]
+pcap = {{ read = {client:?}, write = {write:?}, pace = "recorded" }}
+[switch.lab.port.server]
+pcap = {{ read = {server:?}, pace = "recorded" }}
 "#,
         red = lab.path("red.sock"),
         blue = lab.path("blue.sock"),
-        read = build::root().join(REPLAYED),
+        client = build::root().join(REPLAYED[0]),
+        server = build::root().join(REPLAYED[1]),
         write = capture,
     )
 }
 
 fn set_up(lab: &Lab, programs: &Path, capture: &Path, progress: &Progress) -> Result<Stage> {
-    progress.say("starting yardd with one private switch: two guests, two namespaces, a replayed capture");
+    progress.say("starting yardd with one private switch: two guests, two namespaces, a capture replayed");
     let cpu = setup::processors() - 1;
     let yardd = Yardd::start(lab, programs, &[cpu], &config(lab, capture))?;
     progress.say("booting two Debian guests under QEMU (software CPU), virtio-net over vhost-user");
@@ -147,17 +150,15 @@ fn show(stage: &Stage, progress: &Progress) -> Result<()> {
     let (left, right) = (stage.stations[2].0.as_ref(), stage.stations[3].0.as_ref());
     let _server = right.spawn("iperf3 -s -1 --forceflush")?;
     let _client = left.spawn("sleep 0.3; iperf3 -c 10.9.0.4 -t 4")?;
-    let mut top = Process::spawn("yard top", stage.yardd.yard_command(&["top", "--count", "3"]), "/dev/null")
-        .context("yard top")?;
-    let _ = top.wait(Duration::from_secs(10));
-    println!("{}", stage.yardd.yard(&["stats", "--watch", "1", "--count", "3"])?);
+    let status = stage.yardd.yard_command(&["top", "--count", "4"]).status().context("yard top")?;
+    ensure!(status.success(), "yard top failed");
     progress.say("yard show:");
     println!("{}", stage.yardd.yard(&["show"])?);
     Ok(())
 }
 
 fn look_at_capture(capture: &Path, progress: &Progress) -> Result<()> {
-    progress.say(format!("what left through the replay port, read by tshark: {}", capture.display()));
+    progress.say(format!("what left through the client's replay port, read by tshark: {}", capture.display()));
     let mut tshark = switchyard_tests::process::command("tshark");
     tshark.arg("-r").arg(capture).args(["-q", "-z", "io,phs"]);
     println!("{}", switchyard_tests::process::output(&mut tshark)?);
