@@ -117,7 +117,8 @@ impl Guest {
         let stream = UnixStream::connect(path)
             .map_err(|source| GeneratorError::Connect { path: path.display().to_string(), source })?;
         let mut frontend = Frontend::from(stream);
-        let mut wanted = Features::VERSION_1 | Features::MRG_RXBUF | Features::IN_ORDER | Features::PROTOCOL_FEATURES;
+        let mut wanted =
+            Features::VERSION_1 | Features::MRG_RXBUF | Features::IN_ORDER | Features::PROTOCOL_FEATURES;
         wanted.set(Features::RING_PACKED, load.packed);
         let negotiated = frontend.negotiate(wanted, Protocol::REPLY_ACK | Protocol::MQ)?;
         let packed = negotiated.features.contains(Features::RING_PACKED);
@@ -263,7 +264,13 @@ impl Guest {
 ///
 /// # Errors
 /// A socket, the protocol or memory; or nothing comes through at all.
-pub fn run(a: &Path, b: &Path, load: &Load, warm_up: Duration, window: Duration) -> Result<Outcome, GeneratorError> {
+pub fn run(
+    a: &Path,
+    b: &Path,
+    load: &Load,
+    warm_up: Duration,
+    window: Duration,
+) -> Result<Outcome, GeneratorError> {
     let mut guests = [Guest::connect(a, 0, load)?, Guest::connect(b, 1, load)?];
     let enough = u64::from(load.addresses);
     let start = Instant::now();

@@ -96,9 +96,8 @@ impl Yardd {
     /// One port of the report.
     pub fn port(&self, switch: &str, port: &str) -> Result<Value> {
         let report = self.report()?;
-        let find = |list: &Value, name: &str| {
-            list.as_array()?.iter().find(|one| one["name"] == name).cloned()
-        };
+        let find =
+            |list: &Value, name: &str| list.as_array()?.iter().find(|one| one["name"] == name).cloned();
         find(&report["switches"], switch)
             .and_then(|switch| find(&switch["ports"], port))
             .with_context(|| format!("no port {switch}/{port} in {report}"))

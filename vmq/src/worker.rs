@@ -404,7 +404,8 @@ impl<S: Default> Loop<S> {
 
     /// Activates the tasks whose doorbell rang.
     fn look(&mut self, timeout: Option<Timespec>) {
-        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
         let count = epoll::wait(&self.epoll, &mut events, timeout.as_ref()).unwrap_or(0);
         for event in &events[..count] {
             let data = event.data;
@@ -419,8 +420,7 @@ impl<S: Default> Loop<S> {
     /// Carries out what other threads asked for; false if the worker is to end.
     fn take_commands(&mut self) -> bool {
         self.shared.pending.store(false, Ordering::Release);
-        let commands =
-            std::mem::take(&mut *self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner));
+        let commands = std::mem::take(&mut *self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner));
         for command in commands {
             match command {
                 Command::Add(id, task) => {

@@ -89,8 +89,11 @@ impl Capture {
     pub fn receive(&self, wait: Duration) -> Vec<CapturedFrame> {
         let queue = self.channel.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let empty = |queue: &mut Queue| queue.frames.is_empty() && !self.ended();
-        let (mut queue, _) =
-            self.channel.filled.wait_timeout_while(queue, wait, empty).unwrap_or_else(PoisonError::into_inner);
+        let (mut queue, _) = self
+            .channel
+            .filled
+            .wait_timeout_while(queue, wait, empty)
+            .unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut *queue).frames
     }
 

@@ -5,6 +5,9 @@
 //! never allocates or panics, and each loop is bounded (two VLAN tags, eight extension headers), so no frame costs more than
 //! a few dozen steps. The straight path, untagged IPv4 or IPv6 with TCP or UDP, has one bounds check a header.
 
+#[doc(hidden)]
+pub mod fuzz;
+
 use vmq::rss::Flow;
 use vmq::rss::Ports;
 use vmq::rss::Transport;

@@ -150,8 +150,8 @@ fn classify(
             // One flow per frame at most.
             let _ = admitted.flows.try_push(flow);
         }
-        // At most 64 flows.
-        let _ = admitted.frames.try_push((index, (admitted.flows.len() - 1) as u8));
+        let at = u8::try_from(admitted.flows.len() - 1).unwrap_or(u8::MAX);
+        let _ = admitted.frames.try_push((index, at));
     }
 }
 

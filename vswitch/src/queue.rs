@@ -135,7 +135,14 @@ impl SourceQueue {
     pub fn new(port: Arc<PortCore>, queue: u16) -> Self {
         let snapshot = Cache::new(Arc::clone(&port.snapshot));
         let state = Contended::new(SourceState { source: Source::Absent, snapshot });
-        Self { port, queue, counters: Counters::default(), state, closed: AtomicBool::new(false), file: OnceLock::new() }
+        Self {
+            port,
+            queue,
+            counters: Counters::default(),
+            state,
+            closed: AtomicBool::new(false),
+            file: OnceLock::new(),
+        }
     }
 
     /// Puts `source` in place of what was there. After this returns no worker touches the old one.
@@ -408,9 +415,14 @@ impl FrameSink for Put<'_> {
                 self.tally.drop_many(*reason, list.len());
                 return;
             }
-            Sink::Ring(ring) => ring.put(burst, list, self.tally).map(|called| self.called |= called).map_err(|fault| fault.to_string()),
+            Sink::Ring(ring) => ring
+                .put(burst, list, self.tally)
+                .map(|called| self.called |= called)
+                .map_err(|fault| fault.to_string()),
             Sink::Device(device) => device.put(burst, list, self.tally).map_err(|fault| fault.to_string()),
-            Sink::File(file) => file.put(self.now, burst, list, self.tally).map_err(|fault| fault.to_string()),
+            Sink::File(file) => {
+                file.put(self.now, burst, list, self.tally).map_err(|fault| fault.to_string())
+            }
         };
         self.fault = outcome.err();
     }

@@ -65,7 +65,13 @@ impl Steering {
     }
 
     /// Sorts the frames of `list` into one list per queue.
-    pub fn spread(&self, burst: &Burst<'_>, list: &[u8], lists: &mut Vec<crate::pipeline::List>, queues: usize) {
+    pub fn spread(
+        &self,
+        burst: &Burst<'_>,
+        list: &[u8],
+        lists: &mut Vec<crate::pipeline::List>,
+        queues: usize,
+    ) {
         lists.resize_with(lists.len().max(queues), Default::default);
         lists.iter_mut().for_each(crate::pipeline::List::clear);
         for &index in list {

@@ -125,7 +125,8 @@ fn talk(stage: &Stage, progress: &Progress) -> Result<()> {
     progress.say("everyone pings everyone");
     for (from, (station, _)) in stage.stations.iter().enumerate() {
         for (to, (_, address)) in stage.stations.iter().enumerate().filter(|(to, _)| *to != from) {
-            let report = ping(station.as_ref(), address, Ping { count: 2, interval: 0.05, ..Ping::default() })?;
+            let report =
+                ping(station.as_ref(), address, Ping { count: 2, interval: 0.05, ..Ping::default() })?;
             ensure!(report.received > 0, "{} does not reach {}", NAMES[from], NAMES[to]);
             println!("    {:15} -> {:15} {:7.3} ms", NAMES[from], NAMES[to], report.milliseconds[1]);
         }
@@ -138,7 +139,11 @@ fn talk(stage: &Stage, progress: &Progress) -> Result<()> {
         let udp = iperf(server, client, address, load, 1)?;
         progress.say(format!(
             "{} -> {}: TCP {:.0} Mbit/s, UDP {:.0} packets/s with {} lost",
-            NAMES[from], NAMES[to], tcp.bits_per_second / 1e6, udp.packets_per_second, udp.lost_packets
+            NAMES[from],
+            NAMES[to],
+            tcp.bits_per_second / 1e6,
+            udp.packets_per_second,
+            udp.lost_packets
         ));
     }
     Ok(())
@@ -158,7 +163,8 @@ fn show(stage: &Stage, progress: &Progress) -> Result<()> {
 }
 
 fn look_at_capture(capture: &Path, progress: &Progress) -> Result<()> {
-    progress.say(format!("what left through the client's replay port, read by tshark: {}", capture.display()));
+    progress
+        .say(format!("what left through the client's replay port, read by tshark: {}", capture.display()));
     let mut tshark = switchyard_tests::process::command("tshark");
     tshark.arg("-r").arg(capture).args(["-q", "-z", "io,phs"]);
     println!("{}", switchyard_tests::process::output(&mut tshark)?);

@@ -23,9 +23,12 @@ pub fn run() -> Result<()> {
 
 /// Licences, sources and duplicates of dependencies. The advisory database is not fetched: it is not in a registry.
 fn deny() -> Result<()> {
-    let installed = Command::new("cargo").args(["deny", "--version"]).output().is_ok_and(|out| out.status.success());
+    let installed =
+        Command::new("cargo").args(["deny", "--version"]).output().is_ok_and(|out| out.status.success());
     if !installed {
-        eprintln!("cargo deny is not installed, dependencies are not checked: cargo install cargo-deny --locked");
+        eprintln!(
+            "cargo deny is not installed, dependencies are not checked: cargo install cargo-deny --locked"
+        );
         return Ok(());
     }
     cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"])

@@ -7,8 +7,8 @@
 //! Non-temporal stores were tried and lose 38 to 63 %: the guest reads the bytes next.
 
 use std::arch::x86_64::{
-    __m256i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256,
-    _mm512_loadu_si512, _mm512_storeu_si512,
+    __m256i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256, _mm512_loadu_si512,
+    _mm512_storeu_si512,
 };
 use std::ptr::copy_nonoverlapping;
 use std::sync::atomic::{AtomicU8, Ordering};

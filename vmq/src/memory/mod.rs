@@ -89,6 +89,7 @@ impl Region {
         &self.mapping
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "addresses have 64 bits here")]
     fn host(&self, inside: u64) -> *mut u8 {
         debug_assert!(inside < self.len);
         // SAFETY: `offset + inside < offset + len <= mapping.len()` was checked in `new`, by every caller for `inside`.
@@ -134,7 +135,8 @@ impl GuestMemory {
     /// True once any byte of any region or of the log turned out to be gone (the peer cut its file short).
     #[inline]
     pub fn lost(&self) -> bool {
-        self.regions.iter().any(|region| region.mapping.lost()) || self.log.as_ref().is_some_and(DirtyLog::lost)
+        self.regions.iter().any(|region| region.mapping.lost())
+            || self.log.as_ref().is_some_and(DirtyLog::lost)
     }
 
     #[inline]

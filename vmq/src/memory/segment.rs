@@ -226,11 +226,11 @@ impl<'m> Room<'m> {
     }
 
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "`count <= len`, a u32, in all callers")]
     fn written(self, count: usize) -> Self {
         if let Some(log) = self.log {
             log.mark(self.gpa, count as u64);
         }
-        // `count <= len`, a u32, in both callers.
         self.skip(count as u32)
     }
 }

@@ -7,7 +7,9 @@ fn guest(len: usize, regions: &[(u64, u64, u64)]) -> (GuestMemory, std::os::fd::
     let mapping = Arc::new(mapping);
     let regions = regions
         .iter()
-        .map(|&(gpa, len, offset)| Region::new(gpa, gpa + 0x1000_0000, len, Arc::clone(&mapping), offset).unwrap())
+        .map(|&(gpa, len, offset)| {
+            Region::new(gpa, gpa + 0x1000_0000, len, Arc::clone(&mapping), offset).unwrap()
+        })
         .collect();
     (GuestMemory::new(regions, None).unwrap(), fd)
 }
@@ -28,7 +30,8 @@ fn range_at_each_edge_of_a_region_is_accepted_only_inside() {
 
 #[test]
 fn range_across_two_adjacent_regions_comes_in_pieces_and_a_hole_is_refused() {
-    let (memory, _fd) = guest(0x4000, &[(0x1000, 0x1000, 0x2000), (0x2000, 0x1000, 0), (0x8000, 0x1000, 0x3000)]);
+    let (memory, _fd) =
+        guest(0x4000, &[(0x1000, 0x1000, 0x2000), (0x2000, 0x1000, 0), (0x8000, 0x1000, 0x3000)]);
     let mut pieces = Vec::new();
     assert!(memory.pieces(0x1ff0, 0x20, |gpa, len| pieces.push((gpa, len))));
     assert_eq!(pieces, [(0x1ff0, 0x10), (0x2000, 0x10)]);

@@ -43,7 +43,7 @@ impl Cursor {
 }
 
 /// Descriptors in a cache line.
-const LINE_ENTRIES: usize = 4;
+const LINE_ENTRIES: u16 = 4;
 
 /// A packed ring, device side.
 #[derive(Debug)]
@@ -262,9 +262,9 @@ impl Virtqueue for PackedRing {
     #[inline]
     fn prefetch_used(&self, count: usize) {
         let mut cursor = self.used;
-        for _ in (0..count).step_by(LINE_ENTRIES) {
+        for _ in (0..count).step_by(usize::from(LINE_ENTRIES)) {
             prefetch_write(self.layout.descriptors.ptr().wrapping_add(16 * usize::from(cursor.at)));
-            cursor.advance(LINE_ENTRIES as u16 % self.layout.size, self.layout.size);
+            cursor.advance(LINE_ENTRIES % self.layout.size, self.layout.size);
         }
     }
 

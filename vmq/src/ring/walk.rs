@@ -89,8 +89,9 @@ fn indirect(
     let segment = memory.segment(table.addr, table.len).ok_or(unmapped)?;
     let mut index = 0usize;
     for _ in 0..entries {
-        // `index < entries <= MAX_CHAIN`, so the product fits.
-        let bytes: [u8; 16] = segment.skip(index as u32 * 16).read().ok_or(unmapped)?;
+        // `index < entries`, so the product is less than the table's length.
+        let at = u32::try_from(index * 16).unwrap_or(u32::MAX);
+        let bytes: [u8; 16] = segment.skip(at).read().ok_or(unmapped)?;
         let words = [0, 8].map(|at| {
             let mut word = [0; 8];
             word.copy_from_slice(&bytes[at..at + 8]);

@@ -44,7 +44,11 @@ impl Task<()> for Counter {
 
     fn arm(&self) -> Wait {
         self.armed.fetch_add(1, Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) > 0 { Wait::Nothing } else { Wait::Readable(self.bell.clone()) }
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            Wait::Nothing
+        } else {
+            Wait::Readable(self.bell.clone())
+        }
     }
 
     fn disarm(&self) {}

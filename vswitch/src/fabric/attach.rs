@@ -38,7 +38,9 @@ impl Attachment {
     /// Queue pairs.
     pub fn queues(&self) -> u16 {
         match self {
-            Self::VhostUser { queues, .. } | Self::Tap { queues, .. } | Self::Uplink { queues, .. } => *queues,
+            Self::VhostUser { queues, .. } | Self::Tap { queues, .. } | Self::Uplink { queues, .. } => {
+                *queues
+            }
             Self::Pcap { .. } => 1,
         }
     }
@@ -57,7 +59,11 @@ impl Attachment {
                 let part = |what, path: &Option<std::path::PathBuf>| {
                     path.as_ref().map(|path| format!("{what} {}", path.display()))
                 };
-                [part("read", read), part("write", write)].into_iter().flatten().collect::<Vec<_>>().join(", ")
+                [part("read", read), part("write", write)]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>()
+                    .join(", ")
             }
         }
     }
@@ -115,7 +121,8 @@ pub(super) fn device(port: &Port) -> Result<(), FabricError> {
     let spec = &port.spec;
     let opened: Vec<DeviceQueue> = match &spec.attachment {
         Attachment::Tap { tap, queues } => {
-            let options = tap::Options { queues: *queues, offloads: spec.offloads, ..tap::Options::new(spec.mtu) };
+            let options =
+                tap::Options { queues: *queues, offloads: spec.offloads, ..tap::Options::new(spec.mtu) };
             tap::open(tap, &options)
         }
         Attachment::Uplink { device, queues } => {
@@ -134,7 +141,9 @@ pub(super) fn device(port: &Port) -> Result<(), FabricError> {
 
 /// Opens the file that a pcap port plays, if it plays one.
 pub(super) fn played_file(port: &Port) -> Result<Option<FileSource>, FabricError> {
-    let Attachment::Pcap { read: Some(path), pace, repeat, .. } = &port.spec.attachment else { return Ok(None) };
+    let Attachment::Pcap { read: Some(path), pace, repeat, .. } = &port.spec.attachment else {
+        return Ok(None);
+    };
     let file = FileSource::open(path, *pace, *repeat)
         .map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))?;
     Ok(Some(file))

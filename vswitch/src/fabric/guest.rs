@@ -7,8 +7,8 @@ use vmq::doorbell::Doorbell;
 
 use crate::drops::DropReason;
 use crate::port::{PortCore, PortEvent};
-use crate::ports::vhost_user::queue::ActiveRing;
 use crate::ports::vhost_user::features::Negotiated;
+use crate::ports::vhost_user::queue::ActiveRing;
 use crate::ports::vhost_user::session::Rings;
 use crate::queue::{Sink, SinkQueue, Source, SourceQueue};
 use crate::report::PortState;
@@ -117,7 +117,6 @@ impl Rings for GuestRings {
     }
 
     fn negotiated(&mut self, negotiated: &Negotiated) {
-        *self.status.features.lock().unwrap_or_else(PoisonError::into_inner) =
-            negotiated.features.names();
+        *self.status.features.lock().unwrap_or_else(PoisonError::into_inner) = negotiated.features.names();
     }
 }

@@ -41,8 +41,13 @@ pub fn run_offline(switches: Vec<(SwitchSpec, Vec<PortSpec>)>) -> Result<FabricR
             let core = Arc::new(core);
             let source = Arc::new(SourceQueue::new(Arc::clone(&core), 0));
             let sources = vec![(vmq::worker::TaskId(u32::from(index)), source)];
-            let port =
-                Port { spec, core, sources, sinks: vec![Arc::new(SinkQueue::new(0))], attached: Attached::Local };
+            let port = Port {
+                spec,
+                core,
+                sources,
+                sinks: vec![Arc::new(SinkQueue::new(0))],
+                attached: Attached::Local,
+            };
             switch.pin_addresses(&port)?;
             if switch.ports.insert(port.spec.name.clone(), port).is_some() {
                 return Err(FabricError::invalid("name", "two ports have the same name"));
@@ -61,10 +66,16 @@ fn check(spec: &PortSpec) -> Result<(), FabricError> {
     steering(spec, spec.attachment.queues())?;
     match &spec.attachment {
         Attachment::Pcap { repeat: false, .. } => Ok(()),
-        Attachment::Pcap { .. } => Err(FabricError::invalid("pcap.repeat", "a replay in virtual time must end")),
+        Attachment::Pcap { .. } => {
+            Err(FabricError::invalid("pcap.repeat", "a replay in virtual time must end"))
+        }
         other => Err(FabricError::invalid(
             "port",
-            format!("{} is a {} port; in virtual time only pcap ports can be played", spec.name, other.kind()),
+            format!(
+                "{} is a {} port; in virtual time only pcap ports can be played",
+                spec.name,
+                other.kind()
+            ),
         )),
     }
 }
@@ -143,8 +154,9 @@ fn finish(switches: &[Switch]) -> Result<FabricReport, FabricError> {
     for port in switches.iter().flat_map(|switch| switch.ports.values()) {
         for sink in &port.sinks {
             if let Sink::File(mut file) = sink.swap(Sink::Absent(crate::DropReason::NotReady)) {
-                file.close()
-                    .map_err(|error| FabricError::failed(format!("closing {}", port.spec.attachment.describe()), error))?;
+                file.close().map_err(|error| {
+                    FabricError::failed(format!("closing {}", port.spec.attachment.describe()), error)
+                })?;
             }
         }
     }

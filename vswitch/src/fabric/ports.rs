@@ -42,8 +42,9 @@ impl Fabric {
         if owner.ports.contains_key(&spec.name) {
             return Err(FabricError::Exists { what: "port", name: spec.name });
         }
-        let index =
-            owner.free_index().ok_or_else(|| FabricError::invalid("port", "the switch has 1024 ports already"))?;
+        let index = owner
+            .free_index()
+            .ok_or_else(|| FabricError::invalid("port", "the switch has 1024 ports already"))?;
         let names = (Arc::from(switch), Arc::from(spec.name.as_str()));
         let waits_for = spec.attachment.waits_for();
         let snapshot = Arc::clone(&owner.snapshot);

@@ -20,7 +20,11 @@ impl Fabric {
     pub fn report(&self) -> FabricReport {
         let inner = self.lock();
         FabricReport {
-            switches: inner.switches.values().map(|switch| switch.report(&|task| self.workers.place(task))).collect(),
+            switches: inner
+                .switches
+                .values()
+                .map(|switch| switch.report(&|task| self.workers.place(task)))
+                .collect(),
             workers: self.workers.report(),
         }
     }

@@ -188,7 +188,9 @@ pub(super) fn steering(spec: &PortSpec, queues: u16) -> Result<Steering, FabricE
         let mut folded: Vec<u16> = entry.queues.iter().map(|queue| queue % queues.max(1)).collect();
         folded.sort_unstable();
         folded.dedup();
-        filter.insert(entry.mac, entry.vlan, QueueSet::new(&folded, queues).map_err(bad_vmq)?).map_err(bad_vmq)?;
+        filter
+            .insert(entry.mac, entry.vlan, QueueSet::new(&folded, queues).map_err(bad_vmq)?)
+            .map_err(bad_vmq)?;
     }
     Ok(Steering { rss: Rss { key, table, types: HashTypes::all() }, filter })
 }

@@ -58,7 +58,10 @@ pub(super) fn port(spec: &PortSpec) -> Result<(), FabricError> {
     if let Attachment::Tap { tap: TapSpec::Fds(fds), .. } = &spec.attachment
         && fds.len() != usize::from(queues)
     {
-        return Err(FabricError::invalid("tap.fds", format!("{} descriptors for {queues} queues", fds.len())));
+        return Err(FabricError::invalid(
+            "tap.fds",
+            format!("{} descriptors for {queues} queues", fds.len()),
+        ));
     }
     if let Some(mac) = spec.mac
         && !mac.is_station()
@@ -67,12 +70,18 @@ pub(super) fn port(spec: &PortSpec) -> Result<(), FabricError> {
     }
     for address in &spec.addresses {
         if !address.mac.is_station() {
-            return Err(FabricError::invalid("addresses", format!("{} is no address of a station", address.mac)));
+            return Err(FabricError::invalid(
+                "addresses",
+                format!("{} is no address of a station", address.mac),
+            ));
         }
         range("addresses.vlan", u64::from(address.vlan), 0, u64::from(MAX_VLAN))?;
     }
     if spec.pin.len() > usize::from(queues) {
-        return Err(FabricError::invalid("pin", format!("{} processors for {queues} queues", spec.pin.len())));
+        return Err(FabricError::invalid(
+            "pin",
+            format!("{} processors for {queues} queues", spec.pin.len()),
+        ));
     }
     Ok(())
 }

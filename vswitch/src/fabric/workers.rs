@@ -71,16 +71,22 @@ impl Workers {
     pub(super) fn start(spec: &WorkersSpec, clock: Clock) -> Result<Self, FabricError> {
         let mut workers = Vec::new();
         for &cpu in &spec.cpus {
-            let worker = Worker::start(cpu, clock, spec.idle)
-                .map_err(|error| FabricError::failed(format!("starting a worker on processor {cpu}"), error))?;
+            let worker = Worker::start(cpu, clock, spec.idle).map_err(|error| {
+                FabricError::failed(format!("starting a worker on processor {cpu}"), error)
+            })?;
             workers.push(worker);
         }
         if workers.is_empty() {
             return Err(FabricError::invalid("workers.cpus", "at least one processor is needed"));
         }
         let loads = vec![(0, 0); workers.len()];
-        let board =
-            Board { tasks: BTreeMap::new(), placement: Placement::new(), next: 0, ticked: clock.now(), loads };
+        let board = Board {
+            tasks: BTreeMap::new(),
+            placement: Placement::new(),
+            next: 0,
+            ticked: clock.now(),
+            loads,
+        };
         Ok(Self { workers, clock, balance: spec.balance, board: Mutex::new(board) })
     }
 
@@ -93,10 +99,10 @@ impl Workers {
     }
 
     fn worker_on(&self, cpu: usize) -> Result<usize, FabricError> {
-        self.workers.iter().position(|worker| worker.cpu() == cpu).ok_or_else(|| FabricError::NotFound {
-            what: "worker on processor",
-            name: cpu.to_string(),
-        })
+        self.workers
+            .iter()
+            .position(|worker| worker.cpu() == cpu)
+            .ok_or_else(|| FabricError::NotFound { what: "worker on processor", name: cpu.to_string() })
     }
 
     fn ids(&self) -> Vec<WorkerId> {

@@ -165,8 +165,7 @@ mod tests {
 
     #[test]
     fn feature_that_was_not_negotiated_is_refused() {
-        let header =
-            |flags, gso_type| Words::from_bytes([flags, gso_type, 0, 0, 100, 0, 34, 0, 16, 0]);
+        let header = |flags, gso_type| Words::from_bytes([flags, gso_type, 0, 0, 100, 0, 34, 0, 16, 0]);
         assert!(parse(header(1, 0), Accepts::empty()).is_err());
         assert!(parse(header(1, 1), Accepts::CHECKSUM).is_err());
         assert!(parse(header(1, 0x81), Accepts::CHECKSUM | Accepts::TCP4).is_err());

@@ -49,7 +49,8 @@ impl DeviceSink {
         let accepts = self.accepts;
         let mut gone = false;
         while !list.is_empty() && !gone {
-            let results = self.writer.write(burst, list, |frame| vnet::emit(&frame.offload, accepts, 1).bytes());
+            let results =
+                self.writer.write(burst, list, |frame| vnet::emit(&frame.offload, accepts, 1).bytes());
             let (tried, rest) = list.split_at(results.len().min(list.len()));
             for (&index, &result) in tried.iter().zip(results) {
                 if result >= 0 {

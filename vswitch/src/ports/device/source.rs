@@ -54,7 +54,8 @@ impl DeviceSource {
                 tally.drop(DropReason::Malformed);
                 continue;
             }
-            let Ok(mut offload) = vnet::parse(vnet::Words::from_bytes(received.header), Accepts::all()) else {
+            let Ok(mut offload) = vnet::parse(vnet::Words::from_bytes(received.header), Accepts::all())
+            else {
                 tally.drop(DropReason::BadHeader);
                 continue;
             };

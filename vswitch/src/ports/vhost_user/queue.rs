@@ -127,6 +127,10 @@ const AHEAD: usize = 32;
 /// Bytes at a buffer's start that hold header and head.
 const NEAR: usize = vnet::FULL + HEAD_BYTES - 1;
 
+/// Where a frame's tail begins in a buffer.
+const NEAR_END: u32 = 76;
+const _: () = assert!(NEAR_END as usize == NEAR + 1);
+
 fn receive<'m, R: Virtqueue>(
     ring: &mut R,
     memory: &'m GuestMemory,
@@ -148,7 +152,8 @@ fn receive<'m, R: Virtqueue>(
             if chain.first.is_writable() {
                 return Err(RingFault::Direction);
             }
-            let whole = chain.is_single().then(|| memory.segment(chain.first.addr, chain.first.len)).flatten();
+            let whole =
+                chain.is_single().then(|| memory.segment(chain.first.addr, chain.first.len)).flatten();
             // What is not in one piece is looked at when its turn comes; an empty segment marks it.
             let segment = whole.unwrap_or(Segment::from(&[][..]));
             segment.prefetch(NEAR);
@@ -354,7 +359,7 @@ fn put<R: Virtqueue>(
 /// What the copy after this one will touch, if both are long enough for the hint to pay.
 #[inline]
 fn next_copy(burst: &Burst<'_>, next: &Frame, buffers: &Buffers<'_>) -> Next {
-    match (burst.tail(next).first(), buffers.next_tail(vnet::FULL as u32 + HEAD_BYTES as u32)) {
+    match (burst.tail(next).first(), buffers.next_tail(NEAR_END)) {
         (Some(&segment), Some(room)) => Next::new(segment, room),
         _ => Next::NONE,
     }
@@ -363,8 +368,11 @@ fn next_copy(burst: &Burst<'_>, next: &Frame, buffers: &Buffers<'_>) -> Next {
 #[inline(always)]
 fn write_frame(room: Room<'_>, burst: &Burst<'_>, frame: &Frame, next: Next) {
     // The usual small frame: a copy of constant size.
-    let mut room =
-        if frame.len as usize >= HEAD_BYTES { room.write_array(&frame.head) } else { room.write(frame.head()) };
+    let mut room = if frame.len as usize >= HEAD_BYTES {
+        room.write_array(&frame.head)
+    } else {
+        room.write(frame.head())
+    };
     for &segment in burst.tail(frame) {
         room = room.copy(segment, next);
     }
@@ -400,7 +408,6 @@ impl<'a, 'm> Source<'a, 'm> {
             None => self.tail.get(self.at - self.pieces.len()).copied(),
         }
     }
-
 }
 
 /// How it went with a frame that does not fit one piece of memory.
@@ -444,8 +451,8 @@ fn put_pieces<'m, R: Virtqueue>(
             return Ok(Pieces::TooSmall);
         }
     }
-    // At most MAX_BUFFERS.
-    let header = vnet::emit(&frame.offload, features.accepts, chains.len() as u16).bytes();
+    let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
+    let header = vnet::emit(&frame.offload, features.accepts, count).bytes();
     let pieces = [Segment::from(&header[..features.header_len()]), Segment::from(frame.head())];
     let mut source = Source { pieces, tail: burst.tail(frame), at: 0, offset: 0 };
     for chain in &chains {
