@@ -1,12 +1,19 @@
 //! Eventfds: a guest's doorbell (kick) and a guest's interrupt (call).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+mod watch;
+
 /// An eventfd. Shared with a guest, so nothing about its counter is believed.
 #[derive(Debug)]
-pub struct Doorbell(OwnedFd);
+pub struct Doorbell {
+    fd: OwnedFd,
+    /// It made a write wait once, and is not written any more.
+    broken: AtomicBool,
+}
 
 /// A descriptor that is no eventfd was passed as one.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +26,7 @@ impl Doorbell {
     /// # Errors
     /// Out of descriptors or memory.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+        Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?.into())
     }
 
     /// Takes a descriptor that a peer sent. Anything but an eventfd is refused, because a write to, say, a full pipe
@@ -33,20 +40,32 @@ impl Doorbell {
         if !kind.starts_with("anon_inode:[eventfd") {
             return Err(NotADoorbell(kind));
         }
-        // A full counter must not block us either. (A failure leaves the flag as it is; eventfds do not fail here.)
+        // A full counter must not make us wait either. The peer can undo this; then the watch helps.
         let _ = rustix::io::ioctl_fionbio(&fd, true);
-        Ok(Self(fd))
+        watch::start();
+        Ok(fd.into())
     }
 
     /// Rings. A counter that is full already rings as well, so nothing is lost if the write fails.
+    ///
+    /// A guest that clears `O_NONBLOCK` on its copy and fills the counter makes this wait for at most two rounds of the
+    /// [`watch`]; from then on its doorbell is dead.
     #[inline]
     pub fn ring(&self) {
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        if self.broken.load(Ordering::Relaxed) {
+            return;
+        }
+        let waited = watch::during(&self.fd, || {
+            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        });
+        if waited {
+            self.broken.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Takes the counter back to 0; true if it had been rung.
     pub fn clear(&self) -> bool {
-        rustix::io::read(&self.0, &mut [0u8; 8]).is_ok()
+        rustix::io::read(&self.fd, &mut [0u8; 8]).is_ok()
     }
 
     /// Another handle to the same eventfd.
@@ -54,19 +73,40 @@ impl Doorbell {
     /// # Errors
     /// Out of descriptors.
     pub fn try_clone(&self) -> std::io::Result<Self> {
-        Ok(Self(self.0.try_clone()?))
+        Ok(self.fd.try_clone()?.into())
+    }
+}
+
+impl From<OwnedFd> for Doorbell {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd, broken: AtomicBool::new(false) }
     }
 }
 
 impl AsFd for Doorbell {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn full_doorbell_that_the_peer_made_blocking_delays_one_ring_and_is_dead_then() {
+        let theirs = eventfd(0, EventfdFlags::empty()).unwrap();
+        let ours = Doorbell::from_peer(theirs.try_clone().unwrap()).unwrap();
+        rustix::io::ioctl_fionbio(&theirs, false).unwrap();
+        rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        ours.ring();
+        assert!(ours.broken.load(Ordering::Relaxed));
+        rustix::io::read(&theirs, &mut [0u8; 8]).unwrap();
+        ours.ring();
+        let mut fds = [rustix::event::PollFd::new(&theirs, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut fds, Some(&now)).unwrap(), 0, "a dead doorbell is not rung");
+    }
 
     #[test]
     fn descriptor_that_is_no_eventfd_is_refused() {

@@ -32,6 +32,15 @@ pub fn pin_thread(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// Takes an eventfd's counter back to 0 without waiting. `fd` is a number that another thread has in use right now; should
+/// it have closed it this instant, some other file of this process loses eight bytes that could be read at once.
+pub(crate) fn empty_counter(fd: std::os::fd::RawFd) {
+    let mut counter = [0u8; 8];
+    let buffer = libc::iovec { iov_base: counter.as_mut_ptr().cast(), iov_len: counter.len() };
+    // SAFETY: the call fills `counter` at most; a number that is no descriptor is an error.
+    unsafe { libc::preadv2(fd, &raw const buffer, 1, -1, libc::RWF_NOWAIT) };
+}
+
 /// Lets the calling thread's timeouts end when they are due, not up to 50 µs later.
 pub fn exact_timers() {
     // SAFETY: plain values; the slack of this thread becomes 1 ns.

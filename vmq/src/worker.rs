@@ -162,7 +162,8 @@ impl<S: Default + 'static> Worker<S> {
                 let _ = report.send(result);
                 if !failed {
                     let idle = u64::try_from(idle.as_nanos()).unwrap_or(u64::MAX);
-                    Loop { shared, epoll, clock, idle, slots: Vec::new(), active: Vec::new() }.run();
+                    Loop { shared, epoll, clock, idle, slots: Vec::new(), active: Vec::new(), timed: false }
+                        .run();
                 }
             }
         };
@@ -254,6 +255,8 @@ struct Loop<S> {
     idle: Nanos,
     slots: Vec<Option<Slot<S>>>,
     active: Vec<usize>,
+    /// Some task waits for a moment.
+    timed: bool,
 }
 
 impl<S: Default> Loop<S> {
@@ -270,6 +273,9 @@ impl<S: Default> Loop<S> {
                 self.sleep();
             } else if !moved || rounds.is_multiple_of(ROUNDS_PER_CHECK) {
                 self.look(Some(Timespec { tv_sec: 0, tv_nsec: 0 }));
+                if self.timed {
+                    self.wake_due();
+                }
                 if !moved {
                     std::hint::spin_loop();
                 }
@@ -333,8 +339,16 @@ impl<S: Default> Loop<S> {
                 self.register(index, Some(fd));
                 None
             }
-            Wait::Until(at) => Some(at),
-            Wait::Nudge => None,
+            Wait::Until(at) => {
+                self.register(index, None);
+                self.timed = true;
+                Some(at)
+            }
+            // Nothing is held on to that the task has let go: a device must be free to be opened again.
+            Wait::Nudge => {
+                self.register(index, None);
+                None
+            }
         };
         if let Some(slot) = self.slots[index].as_mut() {
             slot.phase = Phase::Armed { until };
@@ -395,6 +409,7 @@ impl<S: Default> Loop<S> {
 
     fn wake_due(&mut self) {
         let now = self.clock.now();
+        self.timed = self.slots.iter().flatten().any(|slot| slot.due().is_some());
         for index in 0..self.slots.len() {
             if self.slots[index].as_ref().and_then(Slot::due).is_some_and(|due| due <= now) {
                 self.activate(index);

@@ -1,6 +1,6 @@
 //! What all queues of a port share: its name, its state, and who is told when something goes wrong.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,8 +22,8 @@ pub enum PortEvent {
     Faulted(PortId),
     /// Queues were enabled or disabled, so the snapshot is out of date.
     Changed(PortId),
-    /// Queue `usize` may have work: look at it.
-    Nudge(PortId, usize),
+    /// Queues may have work: look at them.
+    Nudge(PortId),
     /// The control plane is to end.
     Stop,
 }
@@ -46,6 +46,9 @@ pub struct PortCore {
     state: Mutex<PortState>,
     last_error: Mutex<Option<String>>,
     faulted: AtomicBool,
+    /// An event of the kind is on its way: a peer that repeats itself adds none.
+    change_pending: AtomicBool,
+    nudges_pending: AtomicU64,
     events: Sender<PortEvent>,
 }
 
@@ -69,6 +72,8 @@ impl PortCore {
             state: Mutex::new(PortState::Waiting(what)),
             last_error: Mutex::new(None),
             faulted: AtomicBool::new(false),
+            change_pending: AtomicBool::new(false),
+            nudges_pending: AtomicU64::new(0),
             events,
         }
     }
@@ -119,6 +124,31 @@ impl PortCore {
     /// The last thing that went wrong without stopping the port.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The queues in use changed: the snapshot is to be made anew.
+    pub fn changed(&self) {
+        if !self.change_pending.swap(true, Ordering::SeqCst) {
+            self.notify(PortEvent::Changed(self.id));
+        }
+    }
+
+    /// The control plane is about to act on [`PortEvent::Changed`].
+    pub fn take_change(&self) {
+        self.change_pending.store(false, Ordering::SeqCst);
+    }
+
+    /// Queue number `queue` may have work.
+    pub fn nudge(&self, queue: usize) {
+        let bit = 1u64 << (queue & 63);
+        if self.nudges_pending.fetch_or(bit, Ordering::SeqCst) == 0 {
+            self.notify(PortEvent::Nudge(self.id));
+        }
+    }
+
+    /// Queues to be looked at, one bit each; forgets them.
+    pub fn take_nudges(&self) -> u64 {
+        self.nudges_pending.swap(0, Ordering::SeqCst)
     }
 
     /// Tells the control plane.

@@ -8,7 +8,6 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
-use arc_swap::Cache;
 use vmq::frame::{Accepts, Burst, FrameStore};
 use vmq::ring::RingFault;
 use vmq::worker::{Nanos, Polled, Task, Wait};
@@ -109,12 +108,6 @@ struct Delivery {
     lists: Vec<List>,
 }
 
-#[derive(Debug)]
-struct SourceState {
-    source: Source,
-    snapshot: Cache<Arc<arc_swap::ArcSwap<Snapshot>>, Arc<Snapshot>>,
-}
-
 /// A queue through which frames enter the switch.
 #[derive(Debug)]
 pub struct SourceQueue {
@@ -124,7 +117,7 @@ pub struct SourceQueue {
     pub queue: u16,
     /// What happened so far.
     pub counters: Counters,
-    state: Contended<SourceState>,
+    state: Contended<Source>,
     closed: AtomicBool,
     /// The same port's capture file, which also takes the frames that were dropped.
     file: OnceLock<Arc<SinkQueue>>,
@@ -133,8 +126,7 @@ pub struct SourceQueue {
 impl SourceQueue {
     /// Queue number `queue` of `port`, with nothing connected.
     pub fn new(port: Arc<PortCore>, queue: u16) -> Self {
-        let snapshot = Cache::new(Arc::clone(&port.snapshot));
-        let state = Contended::new(SourceState { source: Source::Absent, snapshot });
+        let state = Contended::new(Source::Absent);
         Self {
             port,
             queue,
@@ -147,12 +139,12 @@ impl SourceQueue {
 
     /// Puts `source` in place of what was there. After this returns no worker touches the old one.
     pub fn swap(&self, source: Source) -> Source {
-        std::mem::replace(&mut self.state.lock().source, source)
+        std::mem::replace(&mut *self.state.lock(), source)
     }
 
     /// Looks at, or changes, what is connected.
     pub fn with<R>(&self, act: impl FnOnce(&mut Source) -> R) -> R {
-        act(&mut self.state.lock().source)
+        act(&mut self.state.lock())
     }
 
     /// Has frames from here that the switch drops written to the capture file of `sink`, with the reason.
@@ -185,13 +177,15 @@ impl Task<Scratch> for SourceQueue {
             return Polled::Gone;
         }
         let Some(mut state) = self.state.try_lock() else { return Polled::Empty };
-        let SourceState { source, snapshot } = &mut *state;
+        let source = &mut *state;
+        // Held for this burst only: a silent queue keeps no old snapshot alive.
+        let snapshot = self.port.snapshot.load();
         let mut tally = Tally::default();
         let outcome = match source {
             Source::Absent => return Polled::Empty,
-            Source::Ring(ring) => self.poll_ring(ring, snapshot.load(), scratch, now, &mut tally),
-            Source::Device(device) => self.poll_device(device, snapshot.load(), scratch, now, &mut tally),
-            Source::File(file) => self.poll_file(file, snapshot.load(), scratch, now, &mut tally),
+            Source::Ring(ring) => self.poll_ring(ring, &snapshot, scratch, now, &mut tally),
+            Source::Device(device) => self.poll_device(device, &snapshot, scratch, now, &mut tally),
+            Source::File(file) => self.poll_file(file, &snapshot, scratch, now, &mut tally),
         };
         self.counters.add(&tally);
         if let Err(fault) = outcome {
@@ -209,7 +203,7 @@ impl Task<Scratch> for SourceQueue {
 
     fn arm(&self) -> Wait {
         let Some(mut state) = self.state.try_lock() else { return Wait::Nothing };
-        match &mut state.source {
+        match &mut *state {
             Source::Absent => Wait::Nudge,
             Source::Ring(ring) => match (ring.arm(), &ring.kick) {
                 (false, Some(kick)) => Wait::Readable(Arc::clone(kick) as _),
@@ -223,7 +217,7 @@ impl Task<Scratch> for SourceQueue {
 
     fn disarm(&self) {
         if let Some(mut state) = self.state.try_lock()
-            && let Source::Ring(ring) = &mut state.source
+            && let Source::Ring(ring) = &mut *state
         {
             ring.disarm();
         }
@@ -249,8 +243,12 @@ impl SourceQueue {
     ) -> Result<(), Fault> {
         let Scratch { frames, plan, delivery } = scratch;
         let mut burst = Burst::new(frames);
+        let memory = Arc::clone(&ring.memory);
         let received = ring.receive(&mut burst, tally);
-        if received.is_ok() && !burst.is_empty() {
+        if received.is_err() || memory.lost() {
+            // Heads read from memory that is gone would be zeroes.
+            tally.drop_many(DropReason::Faulted, burst.len());
+        } else if !burst.is_empty() {
             self.switch(snapshot, &mut burst, plan, delivery, now, tally);
         }
         drop(burst);
@@ -415,10 +413,16 @@ impl FrameSink for Put<'_> {
                 self.tally.drop_many(*reason, list.len());
                 return;
             }
-            Sink::Ring(ring) => ring
-                .put(burst, list, self.tally)
-                .map(|called| self.called |= called)
-                .map_err(|fault| fault.to_string()),
+            Sink::Ring(ring) => {
+                let before = *self.tally;
+                let put = ring.put(burst, list, self.tally);
+                if put.is_err() {
+                    // The guest is never shown what was written.
+                    *self.tally = before;
+                    self.tally.drop_many(DropReason::Faulted, list.len());
+                }
+                put.map(|called| self.called |= called).map_err(|fault| fault.to_string())
+            }
             Sink::Device(device) => device.put(burst, list, self.tally).map_err(|fault| fault.to_string()),
             Sink::File(file) => {
                 file.put(self.now, burst, list, self.tally).map_err(|fault| fault.to_string())

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 pub(super) const SLOTS: usize = 8192;
 
 struct Slot {
+    /// Odd while the slot changes; a handler that saw two values looks elsewhere.
+    generation: AtomicUsize,
     start: AtomicUsize,
     len: AtomicUsize,
     taken: AtomicBool,
@@ -21,6 +23,7 @@ struct Slot {
 
 static TABLE: [Slot; SLOTS] = [const {
     Slot {
+        generation: AtomicUsize::new(0),
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         taken: AtomicBool::new(false),
@@ -46,8 +49,10 @@ impl Guard {
     /// Ends the watch; to be called before the range is unmapped.
     pub(super) fn release(&self) {
         let slot = &TABLE[self.slot];
-        slot.len.store(0, Ordering::Release);
-        slot.lost.store(false, Ordering::Relaxed);
+        slot.generation.fetch_add(1, Ordering::SeqCst);
+        slot.len.store(0, Ordering::SeqCst);
+        slot.lost.store(false, Ordering::SeqCst);
+        slot.generation.fetch_add(1, Ordering::SeqCst);
         slot.taken.store(false, Ordering::Release);
     }
 }
@@ -60,9 +65,11 @@ pub(super) fn watch(start: usize, len: usize) -> Option<Guard> {
         slot.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
     })?;
     HIGH.fetch_max(slot + 1, Ordering::AcqRel);
-    TABLE[slot].lost.store(false, Ordering::Relaxed);
-    TABLE[slot].start.store(start, Ordering::Relaxed);
-    TABLE[slot].len.store(len, Ordering::Release);
+    TABLE[slot].generation.fetch_add(1, Ordering::SeqCst);
+    TABLE[slot].lost.store(false, Ordering::SeqCst);
+    TABLE[slot].start.store(start, Ordering::SeqCst);
+    TABLE[slot].len.store(len, Ordering::SeqCst);
+    TABLE[slot].generation.fetch_add(1, Ordering::SeqCst);
     Some(Guard { slot })
 }
 
@@ -81,10 +88,16 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler; for SIGBUS it carries the address.
     let address = unsafe { (*info).si_addr() } as usize;
     for slot in &TABLE[..HIGH.load(Ordering::Acquire).min(SLOTS)] {
-        let len = slot.len.load(Ordering::Acquire);
-        let start = slot.start.load(Ordering::Relaxed);
-        if address.wrapping_sub(start) < len && replace(start, len) {
-            slot.lost.store(true, Ordering::Release);
+        let before = slot.generation.load(Ordering::SeqCst);
+        let (start, len) = (slot.start.load(Ordering::SeqCst), slot.len.load(Ordering::SeqCst));
+        let stable = before.is_multiple_of(2) && slot.generation.load(Ordering::SeqCst) == before;
+        if !stable || address.wrapping_sub(start) >= len {
+            continue;
+        }
+        // The thread that faulted uses the range, so it stays mapped and its slot stays as it is. Lost first: nobody is
+        // to read zeroes and not know.
+        slot.lost.store(true, Ordering::SeqCst);
+        if replace(start, len) {
             return;
         }
     }

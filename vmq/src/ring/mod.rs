@@ -29,6 +29,10 @@ pub const MAX_SIZE: u16 = 32768;
 /// The longest chain, whatever the ring's size: what QEMU accepts (`VIRTQUEUE_MAX_SIZE`).
 pub const MAX_CHAIN: usize = 1024;
 
+/// Descriptors of chains that are longer than one, between two publications: a burst of the largest honest frames takes a
+/// tenth of it, and it bounds how long a guest can keep a worker busy with a burst.
+const MAX_PENDING: usize = 16 * MAX_CHAIN;
+
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
 const DESC_INDIRECT: u16 = 4;

@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::walk::{self, Raw};
-use super::{Chain, DESC_WRITE, Descriptor, Inflight, Layout, LayoutError, Mark, RingFault, Virtqueue};
+use super::{
+    Chain, DESC_WRITE, Descriptor, Inflight, Layout, LayoutError, MAX_PENDING, Mark, RingFault, Virtqueue,
+};
 use crate::memory::{GuestMemory, prefetch_write};
 
 const AVAIL: u16 = 1 << 7;
@@ -111,6 +113,9 @@ impl PackedRing {
 
     #[cold]
     fn pop_chain(&mut self, first: Raw, memory: &GuestMemory) -> Result<Chain, RingFault> {
+        if self.more.len() > MAX_PENDING {
+            return Err(RingFault::ChainTooLong { limit: MAX_PENDING });
+        }
         let mut more = std::mem::take(&mut self.more);
         let at = more.len();
         let size = self.layout.size;

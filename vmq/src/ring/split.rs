@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::walk::{self, Raw};
-use super::{Chain, Descriptor, Inflight, Layout, Mark, RingFault, Virtqueue};
+use super::{Chain, Descriptor, Inflight, Layout, MAX_PENDING, Mark, RingFault, Virtqueue};
 use crate::memory::{GuestMemory, prefetch_write};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`, and of the same value `VIRTQ_USED_F_NO_NOTIFY`.
@@ -84,6 +84,9 @@ impl SplitRing {
 
     #[cold]
     fn pop_chain(&mut self, id: u16, first: Raw, memory: &GuestMemory) -> Result<Chain, RingFault> {
+        if self.more.len() > MAX_PENDING {
+            return Err(RingFault::ChainTooLong { limit: MAX_PENDING });
+        }
         let mut more = std::mem::take(&mut self.more);
         let at = more.len();
         let size = self.layout.size;

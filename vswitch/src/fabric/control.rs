@@ -49,14 +49,20 @@ impl Fabric {
             PortEvent::Changed(id) => {
                 let inner = self.lock();
                 if let Some(switch) = inner.switch_of(*id) {
+                    switch.ports.values().for_each(|port| port.core.take_change());
                     switch.publish();
                 }
             }
-            PortEvent::Nudge(id, queue) => {
+            PortEvent::Nudge(id) => {
                 let inner = self.lock();
-                let port = inner.switch_of(*id).and_then(|switch| switch.port_by_id(*id));
-                if let Some((task, _)) = port.and_then(|port| port.sources.get(*queue)) {
-                    self.workers.nudge(*task);
+                let Some(port) = inner.switch_of(*id).and_then(|switch| switch.port_by_id(*id)) else {
+                    return;
+                };
+                let queues = port.core.take_nudges();
+                for (task, source) in &port.sources {
+                    if queues >> (source.queue & 63) & 1 != 0 {
+                        self.workers.nudge(*task);
+                    }
                 }
             }
             PortEvent::Stop => {}
@@ -67,6 +73,10 @@ impl Fabric {
     fn isolate(&self, id: PortId) {
         let inner = self.lock();
         let Some(port) = inner.switch_of(id).and_then(|switch| switch.port_by_id(id)) else { return };
+        if !port.core.is_faulted() {
+            // Restarted before this was heard.
+            return;
+        }
         if let Attached::Guest(endpoint, _) = port.attached {
             self.vhost.fault(endpoint);
         }

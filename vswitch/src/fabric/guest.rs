@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmq::doorbell::Doorbell;
 
 use crate::drops::DropReason;
-use crate::port::{PortCore, PortEvent};
+use crate::port::PortCore;
 use crate::ports::vhost_user::features::Negotiated;
 use crate::ports::vhost_user::queue::ActiveRing;
 use crate::ports::vhost_user::session::Rings;
@@ -42,11 +42,11 @@ impl GuestRings {
                 ring.disarm();
                 sink.swap(Sink::Ring(Box::new(ring)));
                 self.status.enabled.fetch_or(1 << queue, Ordering::SeqCst);
-                self.core.notify(PortEvent::Changed(self.core.id));
+                self.core.changed();
             }
         } else if let Some(source) = self.sources.get(queue) {
             source.swap(Source::Ring(Box::new(ring)));
-            self.core.notify(PortEvent::Nudge(self.core.id, queue));
+            self.core.nudge(queue);
         }
         self.core.set_state(PortState::Up);
     }
@@ -56,10 +56,14 @@ impl GuestRings {
         if index.is_multiple_of(2) {
             let sink = self.sinks.get(queue)?;
             let reason = if self.core.is_faulted() { DropReason::Faulted } else { DropReason::NotReady };
-            let Sink::Ring(ring) = sink.swap(Sink::Absent(reason)) else { return None };
+            let removed = sink.swap(Sink::Absent(reason));
+            // Also if a fault has emptied the queue already: the next client may have fewer.
             self.status.enabled.fetch_and(!(1 << queue), Ordering::SeqCst);
-            self.core.notify(PortEvent::Changed(self.core.id));
-            Some(*ring)
+            self.core.changed();
+            match removed {
+                Sink::Ring(ring) => Some(*ring),
+                _ => None,
+            }
         } else {
             let Source::Ring(ring) = self.sources.get(queue)?.swap(Source::Absent) else { return None };
             Some(*ring)
@@ -83,7 +87,11 @@ impl Rings for GuestRings {
 
     fn set_enabled(&mut self, index: usize, enabled: bool) {
         if enabled {
-            if let Some(ring) = self.disabled.get_mut(index).and_then(Option::take) {
+            if let Some(mut ring) = self.disabled.get_mut(index).and_then(Option::take) {
+                if !index.is_multiple_of(2) {
+                    // What was sent while the ring was disabled is of yesterday.
+                    ring.discard();
+                }
                 self.start(index, ring);
             }
         } else if let Some(ring) = self.stop(index)

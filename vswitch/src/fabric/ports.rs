@@ -7,6 +7,7 @@ use super::switch::{Port, Switch, steering};
 use super::{Fabric, validate};
 use crate::drops::DropReason;
 use crate::error::FabricError;
+use crate::fdb::Filter;
 use crate::port::{PortCore, PortId};
 use crate::queue::{Sink, SinkQueue, Source, SourceQueue};
 use crate::report::PortState;
@@ -136,12 +137,17 @@ impl Fabric {
         spec.coalesce = change.coalesce.unwrap_or(spec.coalesce);
         spec.address_limit = change.address_limit.unwrap_or(spec.address_limit);
         let index = target.core.index;
+        let stricter = change.spoofing == Some(false);
         let moved = change.vlan.is_some_and(|vlan| std::mem::replace(&mut spec.vlan, vlan.clone()) != vlan);
         if moved {
             // Addresses were known in VLANs that the port may have left.
             owner.forget_port(index);
         }
         owner.publish();
+        if stricter {
+            // What it learnt under other names is not to be believed any longer.
+            owner.fdb.flush(Filter { port: Some(index), vlan: None, dynamic_only: true });
+        }
         owner.pin_addresses(owner.port(port)?)
     }
 
@@ -154,6 +160,10 @@ impl Fabric {
         let port = inner.switch(switch)?.port(port)?;
         for (_, source) in &port.sources {
             source.swap(Source::Absent);
+        }
+        // Workers let go of the old device or doorbell.
+        for &(task, _) in &port.sources {
+            self.workers.nudge(task);
         }
         for sink in &port.sinks {
             sink.swap(Sink::Absent(DropReason::NotReady));

@@ -100,6 +100,14 @@ impl Switch {
         let own = port.spec.mac.map(|mac| (mac, access_vlan(&port.spec.vlan)));
         let fixed = port.spec.addresses.iter().map(|address| (address.mac, address.vlan));
         for (mac, vlan) in own.into_iter().chain(fixed) {
+            let other =
+                self.ports.values().find(|other| other.core.id != port.core.id && other.pins(mac, vlan));
+            if let Some(other) = other {
+                return Err(FabricError::invalid(
+                    "mac",
+                    format!("{mac} is pinned to port {}", other.core.name),
+                ));
+            }
             self.fdb
                 .insert_static(Key::new(mac.0, vlan), index)
                 .map_err(|error| FabricError::invalid("mac", format!("{mac}: {error}")))?;
@@ -123,6 +131,12 @@ fn access_vlan(mode: &VlanMode) -> u16 {
 }
 
 impl Port {
+    /// True if the specification pins the address here.
+    fn pins(&self, mac: vmq::Mac, vlan: u16) -> bool {
+        self.spec.mac == Some(mac) && access_vlan(&self.spec.vlan) == vlan
+            || self.spec.addresses.iter().any(|address| address.mac == mac && address.vlan == vlan)
+    }
+
     fn rules(&self) -> Rules {
         Rules {
             source: self.spec.mac.filter(|_| !self.spec.spoofing).map(|mac| mac.0),

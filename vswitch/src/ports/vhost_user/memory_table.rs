@@ -225,6 +225,11 @@ impl<'f> Extent<'f> {
     fn new(offset: u64, size: u64, fd: &'f OwnedFd) -> Result<Self, TableError> {
         let overflow = TableError::Overflow { offset, size };
         let Some(end) = offset.checked_add(size) else { return Err(overflow) };
+        // Only files in memory (memfd, shared memory, huge pages) know seals. A page of any other may be a page fault that
+        // some server, of the guest's choice, answers when it likes.
+        if rustix::fs::fcntl_get_seals(fd).is_err() {
+            return Err(TableError::NotAFile);
+        }
         let stat = fstat(fd).map_err(TableError::Examine)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(TableError::NotAFile);

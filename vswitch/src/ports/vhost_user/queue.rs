@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use vmq::doorbell::Doorbell;
-use vmq::frame::{Accepts, BURST_FRAMES, Burst, FRAME_SEGMENTS, Frame, HEAD_BYTES, Offload};
+use vmq::frame::{Accepts, BURST_FRAMES, Burst, FRAME_SEGMENTS, Frame, HEAD_BYTES, MAX_FRAME, Offload};
 use vmq::memory::{GuestMemory, Next, Room, Segment};
 use vmq::ring::{Chain, Mark, Ring, RingFault, Virtqueue};
 use vmq::with_ring;
@@ -98,6 +98,21 @@ impl ActiveRing {
     #[inline]
     pub fn lost(&self) -> bool {
         self.memory.lost()
+    }
+
+    /// Takes what the guest has sent so far and drops it. Stops at a fault, which the next burst will meet, too.
+    pub fn discard(&mut self) {
+        let memory = &*self.memory;
+        with_ring!(&mut self.ring, ring => {
+            if ring.refresh().is_ok() {
+                // At most a ring's worth.
+                for _ in 0..vmq::ring::MAX_SIZE {
+                    let Ok(Some(chain)) = ring.pop(memory) else { break };
+                    ring.push_used(&chain, 0);
+                }
+            }
+        });
+        self.complete();
     }
 
     /// Asks for doorbells; true if there is work already.
@@ -223,6 +238,11 @@ fn receive_pieces<'m, R: Virtqueue>(
         if descriptor.is_writable() {
             return Err(RingFault::Direction);
         }
+        if descriptor.len > MAX_FRAME + features.header_u32() {
+            // Not walked through: it may cross any number of regions.
+            fits = false;
+            continue;
+        }
         let mapped = memory.pieces(descriptor.addr, descriptor.len, |gpa, len| {
             let Some(piece) = memory.segment(gpa, len) else { return };
             let taken = piece.read_into(&mut header[filled..features.header_len()]);
@@ -234,7 +254,7 @@ fn receive_pieces<'m, R: Virtqueue>(
             return Err(RingFault::BadAddress { addr: descriptor.addr, len: descriptor.len });
         }
     }
-    if filled < features.header_len() {
+    if filled < features.header_len() && fits {
         tally.drop(DropReason::BadHeader);
         return Ok(());
     }
@@ -440,7 +460,7 @@ fn put_pieces<'m, R: Virtqueue>(
         buffers.fill(ring, memory, 1)?;
         let Some(&(_, chain, _)) = buffers.peek() else { return Ok(Pieces::QueueFull) };
         let before = room;
-        room += writable_bytes(ring, memory, &chain)?;
+        room += writable_bytes(ring, memory, &chain, needed - room)?;
         buffers.at += 1;
         let full = chains.try_push(chain).is_err();
         // The header must lie whole in the first buffer (5.1.6.3.1), and a buffer of nothing leads nowhere.
@@ -458,7 +478,8 @@ fn put_pieces<'m, R: Virtqueue>(
     for chain in &chains {
         let mut written = 0;
         for descriptor in ring.descriptors(chain) {
-            memory.pieces(descriptor.addr, descriptor.len, |gpa, len| {
+            let len = u32::try_from(needed).unwrap_or(u32::MAX).min(descriptor.len);
+            memory.pieces(descriptor.addr, len, |gpa, len| {
                 written += memory.room(gpa, len).map_or(0, |room| source.fill(room));
             });
         }
@@ -467,17 +488,27 @@ fn put_pieces<'m, R: Virtqueue>(
     Ok(Pieces::Written)
 }
 
-/// Bytes that `chain` can take, all of them checked to be guest memory.
-fn writable_bytes<R: Virtqueue>(ring: &R, memory: &GuestMemory, chain: &Chain) -> Result<u64, RingFault> {
+/// Bytes that `chain` can take, up to `needed`, all of them checked to be guest memory.
+fn writable_bytes<R: Virtqueue>(
+    ring: &R,
+    memory: &GuestMemory,
+    chain: &Chain,
+    needed: u64,
+) -> Result<u64, RingFault> {
     let mut bytes = 0u64;
     for descriptor in ring.descriptors(chain) {
         if !descriptor.is_writable() {
             return Err(RingFault::Direction);
         }
-        if !memory.pieces(descriptor.addr, descriptor.len, |_, _| ()) {
+        if bytes >= needed {
+            break;
+        }
+        // What lies behind the frame's end is not looked at: it may cross any number of regions.
+        let len = u32::try_from(needed - bytes).unwrap_or(u32::MAX).min(descriptor.len);
+        if !memory.pieces(descriptor.addr, len, |_, _| ()) {
             return Err(RingFault::BadAddress { addr: descriptor.addr, len: descriptor.len });
         }
-        bytes += u64::from(descriptor.len);
+        bytes += u64::from(len);
     }
     Ok(bytes)
 }
