@@ -147,11 +147,8 @@ fn daemon_serves_survives_sighup_and_ends_in_good_order() {
         let report = exchange(&daemon.socket, "GET", "/v1/report", "").json();
         assert_eq!(report["switches"][0]["ports"][0]["state"], "waiting");
         daemon.signal(Signal::HUP);
-        // Two signals at once may be heard in either order.
-        let began = Instant::now();
-        while !daemon.log().contains("SIGHUP") && began.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        // Two signals at once may be heard in either order, and the log is only to be had at the end.
+        std::thread::sleep(Duration::from_millis(500));
         assert_eq!(exchange(&daemon.socket, "GET", "/v1/version", "").status, 200);
         daemon.signal(end);
         assert_eq!(daemon.wait(), Some(0));
