@@ -239,9 +239,8 @@ fn receive_pieces<'m, R: Virtqueue>(
             return Err(RingFault::Direction);
         }
         if descriptor.len > MAX_FRAME + features.header_u32() {
-            // Not walked through: it may cross any number of regions.
-            fits = false;
-            continue;
+            // No honest buffer, and it may cross any number of regions: not walked through.
+            return Err(RingFault::BadAddress { addr: descriptor.addr, len: descriptor.len });
         }
         let mapped = memory.pieces(descriptor.addr, descriptor.len, |gpa, len| {
             let Some(piece) = memory.segment(gpa, len) else { return };
