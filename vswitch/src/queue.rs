@@ -8,10 +8,11 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
-use vmq::frame::{Accepts, Burst, FrameStore};
+use vmq::frame::{Accepts, Burst, FrameStore, Offload};
 use vmq::ring::RingFault;
 use vmq::worker::{Nanos, Polled, Task, Wait};
 
+use crate::backend;
 use crate::capture::Direction;
 use crate::drops::DropReason;
 use crate::offload::translate::{FrameSink, Translator, Want};
@@ -33,6 +34,8 @@ pub enum Source {
     Ring(Box<ActiveRing>),
     /// A TAP queue or packet socket.
     Device(Box<DeviceSource>),
+    /// A device model outside this crate.
+    Backend(Box<dyn backend::FrameSource>),
     /// A capture being played.
     File(Box<FileSource>),
 }
@@ -46,6 +49,8 @@ pub enum Sink {
     Ring(Box<ActiveRing>),
     /// A TAP queue or packet socket.
     Device(Box<DeviceSink>),
+    /// A device model outside this crate.
+    Backend(Box<dyn backend::FrameSink>),
     /// A capture being written.
     File(Box<FileSink>),
 }
@@ -164,6 +169,17 @@ impl SourceQueue {
         }
     }
 
+    /// Switches a frame as if it had come in here. Meant for a frame now and then, from the control plane; it counts at
+    /// its receivers only.
+    pub fn inject(&self, frame: &[u8], now: Nanos) {
+        let Scratch { mut frames, mut plan, mut delivery } = Scratch::default();
+        let snapshot = self.port.snapshot.load();
+        let mut burst = Burst::new(&mut frames);
+        if burst.push(frame.into(), Offload::NONE) {
+            self.switch(&snapshot, &mut burst, &mut plan, &mut delivery, now, &mut Tally::default());
+        }
+    }
+
     /// Ends the task that a worker has of it.
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
@@ -185,6 +201,9 @@ impl Task<Scratch> for SourceQueue {
             Source::Absent => return Polled::Empty,
             Source::Ring(ring) => self.poll_ring(ring, &snapshot, scratch, now, &mut tally),
             Source::Device(device) => self.poll_device(device, &snapshot, scratch, now, &mut tally),
+            Source::Backend(backend) => {
+                self.poll_backend(&mut **backend, &snapshot, scratch, now, &mut tally)
+            }
             Source::File(file) => self.poll_file(file, &snapshot, scratch, now, &mut tally),
         };
         self.counters.add(&tally);
@@ -211,15 +230,18 @@ impl Task<Scratch> for SourceQueue {
                 _ => Wait::Nothing,
             },
             Source::Device(device) => device.arm(),
+            Source::Backend(backend) => backend.arm(),
             Source::File(file) => file.next_due().map_or(Wait::Nudge, Wait::Until),
         }
     }
 
     fn disarm(&self) {
-        if let Some(mut state) = self.state.try_lock()
-            && let Source::Ring(ring) = &mut *state
-        {
-            ring.disarm();
+        if let Some(mut state) = self.state.try_lock() {
+            match &mut *state {
+                Source::Ring(ring) => ring.disarm(),
+                Source::Backend(backend) => backend.disarm(),
+                _ => {}
+            }
         }
     }
 
@@ -229,7 +251,7 @@ impl Task<Scratch> for SourceQueue {
 }
 
 /// Why a source stopped, in words for the operator.
-type Fault = Box<dyn std::error::Error>;
+type Fault = Box<dyn std::error::Error + Send + Sync>;
 
 impl SourceQueue {
     #[inline]
@@ -283,6 +305,30 @@ impl SourceQueue {
         drop(burst);
         received?;
         device.complete();
+        Ok(())
+    }
+
+    fn poll_backend(
+        &self,
+        backend: &mut dyn backend::FrameSource,
+        snapshot: &Snapshot,
+        scratch: &mut Scratch,
+        now: Nanos,
+        tally: &mut Tally,
+    ) -> Result<(), Fault> {
+        let Scratch { frames, plan, delivery } = scratch;
+        let mut burst = Burst::new(frames);
+        let received = backend.receive(&mut burst, now, tally);
+        if received.is_err() {
+            tally.drop_many(DropReason::Faulted, burst.len());
+        } else if !burst.is_empty() {
+            self.switch(snapshot, &mut burst, plan, delivery, now, tally);
+        }
+        drop(burst);
+        received?;
+        if backend.complete()? {
+            self.counters.called();
+        }
         Ok(())
     }
 
@@ -424,6 +470,15 @@ impl FrameSink for Put<'_> {
                 put.map(|called| self.called |= called).map_err(|fault| fault.to_string())
             }
             Sink::Device(device) => device.put(burst, list, self.tally).map_err(|fault| fault.to_string()),
+            Sink::Backend(backend) => {
+                let before = *self.tally;
+                let put = backend.put(self.now, burst, list, self.tally);
+                if put.is_err() {
+                    *self.tally = before;
+                    self.tally.drop_many(DropReason::Faulted, list.len());
+                }
+                put.map(|called| self.called |= called).map_err(|fault| fault.to_string())
+            }
             Sink::File(file) => {
                 file.put(self.now, burst, list, self.tally).map_err(|fault| fault.to_string())
             }
@@ -450,6 +505,7 @@ impl Sink {
             Self::Absent(_) => Accepts::all(),
             Self::Ring(ring) => ring.features.accepts,
             Self::Device(device) => device.accepts(),
+            Self::Backend(backend) => backend.accepts(),
             Self::File(_) => Accepts::empty(),
         }
     }

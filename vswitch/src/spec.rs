@@ -113,6 +113,22 @@ pub enum Attachment {
         /// Sockets in a fanout group, 1 to 64.
         queues: u16,
     },
+    /// A VM's synthetic adapter, whose channels are handed over while the VM runs.
+    Synthetic {
+        /// VM.
+        vm: String,
+        /// Adapter.
+        nic: String,
+        /// Channels, 1 to 64.
+        queues: u16,
+    },
+    /// A VM's emulated adapter, connected through a socket while the VM runs.
+    Legacy {
+        /// VM.
+        vm: String,
+        /// Adapter.
+        nic: String,
+    },
     /// Capture files.
     Pcap {
         /// Frames that enter the switch here.

@@ -39,7 +39,9 @@ fn claims(port: &PortSpec) -> Vec<(&'static str, Claim)> {
         }
         Attachment::Uplink { device, .. } => vec![("uplink.device", Claim::Device(device.clone()))],
         Attachment::Pcap { write: Some(path), .. } => vec![("pcap.write", Claim::Output(text(path)))],
-        Attachment::Pcap { write: None, .. } => Vec::new(),
+        Attachment::Pcap { write: None, .. }
+        | Attachment::Synthetic { .. }
+        | Attachment::Legacy { .. } => Vec::new(),
     }
 }
 

@@ -18,13 +18,15 @@ pub enum Link {
     Tap,
     /// A packet socket opened with [`packet::Flags::header`].
     Packet,
+    /// A connected socket of sequenced packets, each a frame behind a header as a TAP queue's.
+    Socket,
 }
 
 impl Link {
     /// Bytes of the virtio-net header before each frame.
     pub fn header(self) -> usize {
         match self {
-            Self::Tap => tap::HEADER,
+            Self::Tap | Self::Socket => tap::HEADER,
             Self::Packet => packet::HEADER,
         }
     }
@@ -120,7 +122,7 @@ impl Reader {
         let mut results = [-libc::EAGAIN; BATCH];
         let results = &mut results[..asked.min(BATCH)];
         match self.link {
-            Link::Tap => self.read_tap(results),
+            Link::Tap | Link::Socket => self.read_whole(results),
             Link::Packet => self.read_packets(results),
         }
         let bytes = self.take(results);
@@ -153,7 +155,7 @@ impl Reader {
         std::mem::take(&mut self.refused)
     }
 
-    fn read_tap(&mut self, results: &mut [i32]) {
+    fn read_whole(&mut self, results: &mut [i32]) {
         let begin = HEADROOM - tap::HEADER;
         if results.len() > 1
             && let Some(ring) = &mut self.ring
@@ -230,6 +232,8 @@ impl Reader {
             let Some(len) = usize::try_from(result).ok().and_then(|len| len.checked_sub(header_len)) else {
                 match -result {
                     libc::EOPNOTSUPP => {}
+                    // The other end was closed.
+                    0 if self.link == Link::Socket => self.pending = Some(-libc::ENODEV),
                     libc::EINVAL if self.link == Link::Packet => self.refused += 1,
                     _ if result >= 0 || is_later(result) => {}
                     _ => self.pending = Some(result),

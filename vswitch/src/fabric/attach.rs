@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use vmq::worker::Clock;
+
 use crate::error::FabricError;
 use crate::port::PortCore;
 use crate::ports::device::{DeviceQueue, tap, uplink};
@@ -13,13 +15,15 @@ use crate::report::PortState;
 use crate::spec::{Attachment, PortSpec, SocketMode, TapSpec};
 
 use super::guest::{GuestRings, GuestStatus};
-use super::{Fabric, Port};
+use super::{Fabric, Port, backend};
 
 /// What a port holds beside its queues.
 #[derive(Debug)]
 pub(super) enum Attached {
     /// A place in the vhost-user control thread.
     Guest(EndpointId, Arc<GuestStatus>),
+    /// A device model plugs itself in.
+    Backend(Arc<backend::Shared>),
     /// Devices and files live in the queues.
     Local,
 }
@@ -31,6 +35,8 @@ impl Attachment {
             Self::VhostUser { .. } => "vhost-user",
             Self::Tap { .. } => "tap",
             Self::Uplink { .. } => "uplink",
+            Self::Synthetic { .. } => "synthetic",
+            Self::Legacy { .. } => "legacy",
             Self::Pcap { .. } => "pcap",
         }
     }
@@ -38,10 +44,11 @@ impl Attachment {
     /// Queue pairs.
     pub fn queues(&self) -> u16 {
         match self {
-            Self::VhostUser { queues, .. } | Self::Tap { queues, .. } | Self::Uplink { queues, .. } => {
-                *queues
-            }
-            Self::Pcap { .. } => 1,
+            Self::VhostUser { queues, .. }
+            | Self::Tap { queues, .. }
+            | Self::Uplink { queues, .. }
+            | Self::Synthetic { queues, .. } => *queues,
+            Self::Legacy { .. } | Self::Pcap { .. } => 1,
         }
     }
 
@@ -55,6 +62,7 @@ impl Attachment {
             Self::Tap { tap: TapSpec::Name(name), .. } => name.clone(),
             Self::Tap { tap: TapSpec::Fds(fds), .. } => format!("descriptors {fds:?}"),
             Self::Uplink { device, .. } => device.clone(),
+            Self::Synthetic { vm, nic, .. } | Self::Legacy { vm, nic } => format!("adapter {nic} of VM {vm}"),
             Self::Pcap { read, write, .. } => {
                 let part = |what, path: &Option<std::path::PathBuf>| {
                     path.as_ref().map(|path| format!("{what} {}", path.display()))
@@ -73,15 +81,23 @@ impl Attachment {
         match self {
             Self::VhostUser { mode: SocketMode::Server, .. } => "a client to connect".into(),
             Self::VhostUser { mode: SocketMode::Client, .. } => "the socket to appear".into(),
+            Self::Synthetic { .. } => "the guest's driver".into(),
+            Self::Legacy { .. } => "its VM to start".into(),
             _ => "its device or file".into(),
         }
     }
 }
 
-/// Registers a vhost-user port with the control thread.
-pub(super) fn guest(control: &Control, core: &Arc<PortCore>, port: &Port) -> Attached {
-    let Attachment::VhostUser { path, mode, queues } = &port.spec.attachment else {
-        return Attached::Local;
+/// Registers a vhost-user port with the control thread, and makes place for a device model.
+pub(super) fn guest(control: &Control, clock: Clock, core: &Arc<PortCore>, port: &Port) -> Attached {
+    let (path, mode, queues) = match &port.spec.attachment {
+        Attachment::VhostUser { path, mode, queues } => (path, mode, queues),
+        Attachment::Synthetic { .. } => {
+            let shared = backend::Shared::default();
+            shared.set(&port.spec);
+            return Attached::Backend(Arc::new(shared));
+        }
+        _ => return Attached::Local,
     };
     let status = Arc::new(GuestStatus::default());
     let rings = GuestRings {
@@ -89,6 +105,7 @@ pub(super) fn guest(control: &Control, core: &Arc<PortCore>, port: &Port) -> Att
         sources: port.sources.iter().map(|(_, source)| Arc::clone(source)).collect(),
         sinks: port.sinks.clone(),
         status: Arc::clone(&status),
+        clock,
         disabled: (0..2 * usize::from(*queues)).map(|_| None).collect(),
     };
     let events = {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Fabric;
 use super::attach::Attached;
+use super::backend::BackendEvent;
 use crate::drops::DropReason;
 use crate::port::{PortEvent, PortId};
 use crate::queue::{Sink, Source};
@@ -80,6 +81,7 @@ impl Fabric {
         if let Attached::Guest(endpoint, _) = port.attached {
             self.vhost.fault(endpoint);
         }
+        port.tell(BackendEvent::Faulted);
         for (_, source) in &port.sources {
             source.swap(Source::Absent);
         }

@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vmq::Mac;
 use vmq::doorbell::Doorbell;
+use vmq::worker::Clock;
 
 use crate::drops::DropReason;
 use crate::port::PortCore;
@@ -30,6 +32,8 @@ pub(super) struct GuestRings {
     pub(super) status: Arc<GuestStatus>,
     /// Rings that are set up and not enabled.
     pub(super) disabled: Vec<Option<ActiveRing>>,
+    /// The workers' clock.
+    pub(super) clock: Clock,
 }
 
 impl GuestRings {
@@ -124,7 +128,43 @@ impl Rings for GuestRings {
         }
     }
 
+    /// A guest that came here by migration is announced with a reverse ARP request, as QEMU would have sent it: this
+    /// switch and those behind its uplinks learn where the address is now.
+    fn announce(&mut self, mac: Mac) {
+        if let Some(source) = self.sources.first() {
+            source.inject(&reverse_arp(mac), self.clock.now());
+        }
+    }
+
     fn negotiated(&mut self, negotiated: &Negotiated) {
         *self.status.features.lock().unwrap_or_else(PoisonError::into_inner) = negotiated.features.names();
+    }
+}
+
+/// A reverse ARP request of a station for its own address (RFC 903), padded to the shortest frame.
+fn reverse_arp(Mac(mac): Mac) -> [u8; 60] {
+    let mut frame = [0; 60];
+    frame[..6].fill(0xff);
+    frame[6..12].copy_from_slice(&mac);
+    // Type; Ethernet and IPv4 with their address lengths; operation 3.
+    frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    frame[22..28].copy_from_slice(&mac);
+    frame[32..38].copy_from_slice(&mac);
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announcement_is_a_reverse_arp_request() {
+        let frame = reverse_arp(Mac([2, 0, 0, 0, 0, 9]));
+        let packet = etherparse::Ethernet2Slice::from_slice_without_fcs(&frame).unwrap();
+        assert_eq!(packet.source(), [2, 0, 0, 0, 0, 9]);
+        assert_eq!(packet.destination(), [0xff; 6]);
+        assert_eq!(packet.ether_type(), etherparse::EtherType(0x8035));
+        let body = [0, 1, 8, 0, 6, 4, 0, 3, 2, 0, 0, 0, 0, 9, 0, 0, 0, 0, 2, 0, 0, 0, 0, 9, 0, 0, 0, 0];
+        assert_eq!(packet.payload_slice()[..28], body);
     }
 }

@@ -4,6 +4,7 @@
 //! swapped as a whole, and queues through locks of their own.
 
 mod attach;
+pub mod backend;
 mod control;
 mod guest;
 mod offline;
@@ -33,7 +34,7 @@ use crate::error::FabricError;
 use crate::fdb::{Filter, Key};
 use crate::port::{PortEvent, PortId};
 use crate::ports::vhost_user::server::Control;
-use crate::spec::SwitchSpec;
+use crate::spec::{StaticAddress, SwitchSpec};
 use switch::{Port, Switch};
 use workers::Workers;
 
@@ -133,11 +134,13 @@ impl Fabric {
     /// # Errors
     /// There is none of that name.
     pub fn remove_switch(&self, name: &str) -> Result<(), FabricError> {
-        let ports: Vec<String> = self.lock().switch(name)?.ports.keys().cloned().collect();
+        let mut inner = self.lock();
+        let owner = inner.switch_mut(name)?;
+        let ports: Vec<String> = owner.ports.keys().cloned().collect();
         for port in ports {
-            self.remove_port(name, &port)?;
+            self.take_out(owner, &port);
         }
-        self.lock().switches.remove(name);
+        inner.switches.remove(name);
         Ok(())
     }
 
@@ -157,8 +160,8 @@ impl Fabric {
     /// # Errors
     /// No such switch or port, no address of a station, pinned elsewhere, or the table is full.
     pub fn add_address(&self, switch: &str, port: &str, mac: Mac, vlan: u16) -> Result<(), FabricError> {
-        let inner = self.lock();
-        let switch = inner.switch(switch)?;
+        let mut inner = self.lock();
+        let switch = inner.switch_mut(switch)?;
         let index = switch.port(port)?.core.index;
         if !mac.is_station() || vlan > vmq::filter::MAX_VLAN {
             return Err(FabricError::invalid("mac", format!("{mac} in VLAN {vlan} cannot be a station")));
@@ -166,7 +169,14 @@ impl Fabric {
         switch
             .fdb
             .insert_static(Key::new(mac.0, vlan), index)
-            .map_err(|error| FabricError::invalid("mac", format!("{mac}: {error}")))
+            .map_err(|error| FabricError::invalid("mac", format!("{mac}: {error}")))?;
+        // Pinned for good: also when the port's VLANs change.
+        let address = StaticAddress { mac, vlan };
+        let spec = &mut switch.port_mut(port)?.spec;
+        if !spec.addresses.contains(&address) {
+            spec.addresses.push(address);
+        }
+        Ok(())
     }
 
     /// Forgets an address, pinned or learnt.
@@ -174,8 +184,12 @@ impl Fabric {
     /// # Errors
     /// No such switch, or the address is not known.
     pub fn remove_address(&self, switch: &str, mac: Mac, vlan: u16) -> Result<(), FabricError> {
-        let inner = self.lock();
-        if inner.switch(switch)?.fdb.remove(Key::new(mac.0, vlan)) {
+        let mut inner = self.lock();
+        let switch = inner.switch_mut(switch)?;
+        for port in switch.ports.values_mut() {
+            port.spec.addresses.retain(|address| *address != StaticAddress { mac, vlan });
+        }
+        if switch.fdb.remove(Key::new(mac.0, vlan)) {
             return Ok(());
         }
         Err(FabricError::NotFound { what: "address", name: format!("{mac} vlan {vlan}") })

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::attach::{self, Attached};
+use super::backend::BackendEvent;
 use super::switch::{Port, Switch, steering};
 use super::{Fabric, validate};
 use crate::drops::DropReason;
@@ -61,7 +62,7 @@ impl Fabric {
         owner.ports.insert(name.clone(), port);
         owner.publish();
         let port = owner.port_mut(&name)?;
-        port.attached = attach::guest(&self.vhost, &port.core, port);
+        port.attached = attach::guest(&self.vhost, self.workers.clock(), &port.core, port);
         self.attach(port).inspect_err(|_| self.take_out(owner, &name))
     }
 
@@ -88,6 +89,7 @@ impl Fabric {
         if let Attached::Guest(endpoint, _) = port.attached {
             self.vhost.remove_and_wait(endpoint);
         }
+        port.tell(BackendEvent::Removed);
         for &(task, _) in &port.sources {
             self.workers.remove(task);
         }
@@ -113,7 +115,7 @@ impl Fabric {
         Ok(())
     }
 
-    fn take_out(&self, owner: &mut Switch, port: &str) {
+    pub(super) fn take_out(&self, owner: &mut Switch, port: &str) {
         if let Some(removed) = owner.ports.remove(port) {
             owner.publish();
             self.dismantle(&removed);
@@ -139,6 +141,10 @@ impl Fabric {
         let index = target.core.index;
         let stricter = change.spoofing == Some(false);
         let moved = change.vlan.is_some_and(|vlan| std::mem::replace(&mut spec.vlan, vlan.clone()) != vlan);
+        if let Attached::Backend(shared) = &target.attached {
+            shared.set(&target.spec);
+            shared.notify(BackendEvent::Changed);
+        }
         if moved {
             // Addresses were known in VLANs that the port may have left.
             owner.forget_port(index);
@@ -172,6 +178,7 @@ impl Fabric {
         if let Attached::Guest(endpoint, _) = port.attached {
             self.vhost.restart(endpoint);
         }
+        port.tell(BackendEvent::Restart);
         self.attach(port).inspect_err(|error| port.core.fault(error))
     }
 

@@ -1,6 +1,5 @@
 //! What is shown to operators.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use vmq::worker::TaskId;
@@ -84,6 +83,9 @@ impl Port {
             Attached::Guest(_, status) => {
                 status.features.lock().unwrap_or_else(PoisonError::into_inner).clone()
             }
+            Attached::Backend(shared) => {
+                shared.status.features.lock().unwrap_or_else(PoisonError::into_inner).clone()
+            }
             Attached::Local => Vec::new(),
         };
         PortReport {
@@ -103,10 +105,7 @@ impl Port {
     }
 
     fn queue_reports(&self, places: Places<'_>) -> Vec<QueueReport> {
-        let enabled = match &self.attached {
-            Attached::Guest(_, status) => status.enabled.load(Ordering::SeqCst),
-            Attached::Local => u64::MAX,
-        };
+        let enabled = super::backend::enabled(&self.attached);
         let describe = |((task, source), sink): (&(TaskId, Arc<SourceQueue>), &Arc<SinkQueue>)| {
             let place = places(*task);
             QueueReport {

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use arc_swap::ArcSwap;
 use vmq::filter::{QueueSet, VmqFilter};
@@ -10,6 +9,7 @@ use vmq::rss::{HashTypes, IndirectionTable, Rss, ToeplitzKey};
 use vmq::worker::TaskId;
 
 use super::attach::Attached;
+use super::backend::BackendEvent;
 use crate::error::FabricError;
 use crate::fdb::{Config, Fdb, Filter, Key, PortIndex};
 use crate::offload::translate::TagForm;
@@ -131,6 +131,13 @@ fn access_vlan(mode: &VlanMode) -> u16 {
 }
 
 impl Port {
+    /// Tells the device model, if the port has one.
+    pub(super) fn tell(&self, event: BackendEvent) {
+        if let Attached::Backend(shared) = &self.attached {
+            shared.notify(event);
+        }
+    }
+
     /// True if the specification pins the address here.
     fn pins(&self, mac: vmq::Mac, vlan: u16) -> bool {
         self.spec.mac == Some(mac) && access_vlan(&self.spec.vlan) == vlan
@@ -145,11 +152,19 @@ impl Port {
         }
     }
 
+    /// The operator's choice of queues, unless the guest has its own.
+    fn steering(&self, queues: u16) -> Option<Steering> {
+        let mut steering = steering(&self.spec, queues).ok()?;
+        if let Attached::Backend(shared) = &self.attached
+            && let Some(rss) = shared.steering(queues)
+        {
+            steering.rss = rss;
+        }
+        Some(steering)
+    }
+
     fn outlet(&self) -> Outlet {
-        let enabled = match &self.attached {
-            Attached::Guest(_, status) => status.enabled.load(Ordering::SeqCst),
-            Attached::Local => u64::MAX,
-        };
+        let enabled = super::backend::enabled(&self.attached);
         let active = |queue: u16| enabled >> (queue & 63) & 1 != 0;
         let mut sinks: Vec<_> = self.sinks.iter().filter(|sink| active(sink.queue)).cloned().collect();
         if sinks.is_empty() {
@@ -160,7 +175,7 @@ impl Port {
         Outlet {
             port: Arc::clone(&self.core),
             // The specification was checked when the port was made.
-            steering: (queues > 1).then(|| steering(&self.spec, queues).ok()).flatten(),
+            steering: (queues > 1).then(|| self.steering(queues)).flatten(),
             sinks,
             tag: tag_form(&self.spec.vlan),
             longest: u32::from(self.spec.mtu) + crate::topology::ETHERNET,

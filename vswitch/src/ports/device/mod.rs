@@ -1,4 +1,5 @@
-//! Network devices of the host: [`tap`] (the host itself, a container) and [`uplink`] (the network beyond).
+//! Network devices of the host: [`tap`] (the host itself, a container) and [`uplink`] (the network beyond), and a
+//! [`socket`] behind which another process plays a device.
 //!
 //! Both are descriptors that carry a frame a system call, behind a virtio-net header, so offloads pass through as they
 //! are: a frame of 64 KiB that one side's TCP sends is one read here, one write there, and is never cut. The kernel
@@ -25,6 +26,7 @@
 //! of a frame, of which batches have taken their share already, but not the copy; it hands a block over when it is full
 //! or a millisecond old, and each block needs room for 64 KiB.
 
+pub mod socket;
 pub mod tap;
 pub mod uplink;
 

@@ -81,7 +81,7 @@ fn reason(error: Errno) -> DropReason {
         Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM => DropReason::QueueFull,
         Errno::IO | Errno::NETDOWN => DropReason::NotReady,
         Errno::MSGSIZE => DropReason::EgressMtu,
-        Errno::BADFD | Errno::NODEV | Errno::NXIO => DropReason::Faulted,
+        Errno::BADFD | Errno::NODEV | Errno::NXIO | Errno::PIPE | Errno::CONNRESET => DropReason::Faulted,
         _ => DropReason::DeviceError,
     }
 }

@@ -86,7 +86,10 @@ impl DeviceSource {
     fn judge(&self, source: io::Error) -> Result<(), DeviceError> {
         let device = Arc::clone(&self.device);
         match (self.link, Errno::from_io_error(&source)) {
-            (Link::Tap, Some(Errno::BADFD | Errno::NODEV)) => Err(DeviceError::Gone { device }),
+            (Link::Tap, Some(Errno::BADFD | Errno::NODEV))
+            | (Link::Socket, Some(Errno::NODEV | Errno::CONNRESET | Errno::PIPE)) => {
+                Err(DeviceError::Gone { device })
+            }
             // Told once when the device goes down, and when it goes away.
             (Link::Packet, Some(Errno::NETDOWN | Errno::NODEV | Errno::NXIO)) => {
                 if packet::is_bound(self.reader.fd().as_fd()) {

@@ -1,0 +1,76 @@
+//! A device that another process emulates: frames cross a connected Unix socket of sequenced packets, each behind a
+//! virtio-net header of 12 bytes. Used for legacy network adapters, whose registers live in a VM's worker.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vmq::frame::Accepts;
+use vmq::uring::{Link, Reader, Tuning, Writer};
+
+use super::{DeviceQueue, DeviceSink, DeviceSource};
+
+/// A queue over `fd`, shown as `name`. The other side is given plain frames only; what it sends may ask for any offload.
+pub fn open(name: &str, fd: OwnedFd) -> DeviceQueue {
+    // A frame that finds the socket full is dropped and counted; nobody waits for the emulator.
+    let _ = rustix::io::ioctl_fionbio(&fd, true);
+    let (name, fd): (Arc<str>, _) = (name.into(), Arc::new(fd));
+    let reader = Reader::new(Arc::clone(&fd), Link::Socket, Tuning::default());
+    let writer = Writer::new(fd, Link::Socket, Tuning::default());
+    let source = DeviceSource::new(Arc::clone(&name), Link::Socket, reader);
+    (source, DeviceSink::new(name, Link::Socket, Accepts::empty(), writer))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use vmq::frame::{Burst, Checksum, FrameStore, Offload};
+
+    use super::*;
+    use crate::ports::device::DeviceError;
+    use crate::tally::Tally;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    #[test]
+    fn frames_cross_with_their_offloads_and_come_plain() {
+        let (ours, theirs) = pair();
+        let (mut source, mut sink) = open("nic", ours);
+        // A checksum to be completed from byte 34 on, stored 6 bytes further.
+        let mut message = vec![1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
+        message.extend([7; 60]);
+        rustix::io::write(&theirs, &message).unwrap();
+        rustix::io::write(&theirs, &[0; 12 + 64]).unwrap();
+        let (mut store, mut tally) = (FrameStore::default(), Tally::default());
+        let mut taken = Vec::new();
+        for _ in 0..2 {
+            let mut burst = Burst::new(&mut store);
+            source.receive(&mut burst, &mut tally).unwrap();
+            taken.extend(burst.frames().iter().map(|frame| (frame.len, frame.offload.checksum)));
+        }
+        assert_eq!(taken, [(60, Checksum::Partial { start: 34, offset: 6 }), (64, Checksum::Unknown)]);
+
+        let bytes = [5u8; 100];
+        let mut burst = Burst::new(&mut store);
+        assert!(burst.push(bytes.as_slice().into(), Offload::NONE));
+        sink.put(&burst, &[0], &mut tally).unwrap();
+        let mut got = [0; 200];
+        assert_eq!(rustix::io::read(&theirs, &mut got).unwrap(), 112);
+        // One buffer, nothing left to be done.
+        assert_eq!((&got[..12], &got[12..112]), (&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0][..], &bytes[..]));
+    }
+
+    #[test]
+    fn closed_emulator_is_a_device_gone() {
+        let (ours, theirs) = pair();
+        let (mut source, mut sink) = open("nic", ours);
+        drop(theirs);
+        let (mut store, mut tally) = (FrameStore::default(), Tally::default());
+        let mut burst = Burst::new(&mut store);
+        let error = source.receive(&mut burst, &mut tally).unwrap_err();
+        assert!(matches!(error, DeviceError::Gone { .. }), "{error}");
+        assert!(burst.push([5u8; 100].as_slice().into(), Offload::NONE));
+        assert!(matches!(sink.put(&burst, &[0], &mut tally), Err(DeviceError::Gone { .. })));
+    }
+}
