@@ -279,16 +279,17 @@ fn look_up(
 #[inline]
 fn known_port(topology: &Topology, ingress: PortIndex, flow: &Flow, frame: &Frame) -> Option<PortIndex> {
     let port = if flow.group { None } else { topology.fdb.lookup(flow.destination.0, flow.destination.1) };
-    port.filter(|&port| port == ingress || reaches(topology, port, frame))
+    port.filter(|&port| port == ingress || reaches(topology, ingress, port, frame))
 }
 
-/// True if `frame` may leave through `port`.
+/// True if `frame`, which came from `ingress`, may leave through `port`.
 ///
 /// A second tag behind the first must not come to light where the first is taken off: whoever is behind that port
 /// would believe it, and the frame would have hopped into a VLAN of the sender's choice.
 #[inline]
-fn reaches(topology: &Topology, port: PortIndex, frame: &Frame) -> bool {
+fn reaches(topology: &Topology, ingress: PortIndex, port: PortIndex, frame: &Frame) -> bool {
     topology.carries(port, frame.vlan)
+        && topology.meet(ingress, port)
         && !(frame.tagged && is_stacked(frame) && topology.untags(port, frame.vlan))
 }
 
@@ -309,7 +310,7 @@ fn flood(
 ) {
     let mut receivers = 0;
     for &port in topology.members() {
-        if port != ingress && reaches(topology, port, frame) {
+        if port != ingress && reaches(topology, ingress, port, frame) {
             plan.deliver(port, index);
             receivers += 1;
         }

@@ -58,6 +58,16 @@ pub enum VlanMode {
     },
 }
 
+/// A port's place in a private VLAN: whom of the others in its VLAN it meets. A port with none meets all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrivateVlan {
+    /// Only ports without a place (routers, uplinks).
+    Isolated,
+    /// Those, and ports of the same community.
+    Community(u16),
+}
+
 /// Which side of a vhost-user socket listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -186,6 +196,8 @@ pub struct PortSpec {
     pub spoofing: bool,
     /// VLANs.
     pub vlan: VlanMode,
+    /// Whom the port meets in them.
+    pub private: Option<PrivateVlan>,
     /// Most addresses learnt on the port; none is "as many as the table holds".
     pub address_limit: Option<u32>,
     /// Addresses pinned to the port.
@@ -221,6 +233,7 @@ impl PortSpec {
             mac: None,
             spoofing: false,
             vlan: VlanMode::Passthrough,
+            private: None,
             address_limit: None,
             addresses: Vec::new(),
             offloads: true,

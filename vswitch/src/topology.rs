@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::fdb::{Fdb, PortIndex};
-use crate::spec::VlanMode;
+use crate::spec::{PrivateVlan, VlanMode};
 
 /// Bytes of an Ethernet header without tag.
 pub const ETHERNET: u32 = 14;
@@ -77,6 +77,8 @@ pub struct Rules {
     pub source: Option<[u8; 6]>,
     /// VLANs.
     pub vlan: VlanRule,
+    /// Place in private VLANs.
+    pub private: Option<PrivateVlan>,
     /// Largest IP packet in bytes.
     pub mtu: u16,
 }
@@ -95,6 +97,7 @@ pub struct Topology {
     ports: Vec<Option<Rules>>,
     members: Vec<PortIndex>,
     vlan_aware: bool,
+    private: bool,
     /// Who is where.
     pub fdb: Arc<Fdb>,
 }
@@ -104,7 +107,8 @@ impl Topology {
     pub fn new(ports: Vec<Option<Rules>>, fdb: Arc<Fdb>) -> Self {
         let members = (0..).zip(&ports).filter(|(_, port)| port.is_some()).map(|(index, _)| index).collect();
         let vlan_aware = ports.iter().flatten().any(|port| port.vlan != VlanRule::Passthrough);
-        Self { ports, members, vlan_aware, fdb }
+        let private = ports.iter().flatten().any(|port| port.private.is_some());
+        Self { ports, members, vlan_aware, private, fdb }
     }
 
     /// The rules of a port.
@@ -125,6 +129,21 @@ impl Topology {
         match self.rules(port) {
             Some(rules) => !self.vlan_aware || rules.vlan.carries(vlan),
             None => false,
+        }
+    }
+
+    /// True if ports `from` and `to` meet in the VLANs they share.
+    #[inline]
+    pub fn meet(&self, from: PortIndex, to: PortIndex) -> bool {
+        !self.private || self.places_meet(from, to)
+    }
+
+    fn places_meet(&self, from: PortIndex, to: PortIndex) -> bool {
+        let place = |port| self.rules(port).and_then(|rules| rules.private);
+        match (place(from), place(to)) {
+            (None, _) | (_, None) => true,
+            (Some(PrivateVlan::Community(own)), Some(PrivateVlan::Community(other))) => own == other,
+            _ => false,
         }
     }
 

@@ -66,7 +66,7 @@ pub fn pipeline(criterion: &mut Criterion) {
 }
 
 fn topology(count: u32, vlan: &VlanMode) -> Topology {
-    let rules = || Some(Rules { source: None, vlan: VlanRule::from(vlan), mtu: 1500 });
+    let rules = || Some(Rules { source: None, vlan: VlanRule::from(vlan), private: None, mtu: 1500 });
     let topology = Topology::new(vec![rules(), rules()], table(count));
     if let VlanMode::Access(vlan) = vlan {
         for n in 0..count {

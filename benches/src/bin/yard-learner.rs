@@ -27,7 +27,7 @@ const STATION: [u8; 6] = [2, 0xff, 0, 0, 0, 1];
 
 fn main() -> anyhow::Result<()> {
     let addresses = Arguments::parse().addresses;
-    let rules = || Some(Rules { source: None, vlan: VlanRule::Passthrough, mtu: 1500 });
+    let rules = || Some(Rules { source: None, vlan: VlanRule::Passthrough, private: None, mtu: 1500 });
     // One for the station.
     let config = Config { capacity: addresses + 1, ports: 2, ..Config::default() };
     let topology = Topology::new(vec![rules(), rules()], Arc::new(Fdb::new(config, [0xfeed, 0xbeef])));

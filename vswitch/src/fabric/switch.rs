@@ -148,6 +148,7 @@ impl Port {
         Rules {
             source: self.spec.mac.filter(|_| !self.spec.spoofing).map(|mac| mac.0),
             vlan: (&self.spec.vlan).into(),
+            private: self.spec.private,
             mtu: self.spec.mtu,
         }
     }

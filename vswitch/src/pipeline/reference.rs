@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::drops::DropReason;
-use crate::spec::VlanMode;
+use crate::spec::{PrivateVlan, VlanMode};
 
 pub type Mac = [u8; 6];
 
@@ -16,6 +16,7 @@ pub type Mac = [u8; 6];
 #[derive(Debug, Clone)]
 pub struct Port {
     pub vlan: VlanMode,
+    pub private: Option<PrivateVlan>,
     pub mtu: usize,
     /// The only source address allowed.
     pub source: Option<Mac>,
@@ -94,14 +95,25 @@ impl Switch {
             if known.port == ingress {
                 return Fate::Dropped(DropReason::SamePort);
             }
-            if self.may_leave(known.port, frame, vlan) {
+            if self.may_leave(known.port, frame, vlan) && self.meet(ingress, known.port) {
                 return Fate::Delivered([known.port].into());
             }
         }
         let others = self.ports.keys().filter(|&&port| port != ingress);
-        let receivers: BTreeSet<_> =
-            others.copied().filter(|&port| self.may_leave(port, frame, vlan)).collect();
+        let receivers: BTreeSet<_> = others
+            .copied()
+            .filter(|&port| self.may_leave(port, frame, vlan) && self.meet(ingress, port))
+            .collect();
         if receivers.is_empty() { Fate::Dropped(DropReason::NoReceiver) } else { Fate::Delivered(receivers) }
+    }
+
+    /// An isolated port meets no other port that has a place; a community keeps to itself.
+    fn meet(&self, one: u16, other: u16) -> bool {
+        match (self.ports[&one].private, self.ports.get(&other).and_then(|port| port.private)) {
+            (Some(PrivateVlan::Isolated), Some(_)) | (Some(_), Some(PrivateVlan::Isolated)) => false,
+            (Some(PrivateVlan::Community(one)), Some(PrivateVlan::Community(other))) => one == other,
+            _ => true,
+        }
     }
 
     /// A port carries its own VLANs, and takes no tag off that hides another one.

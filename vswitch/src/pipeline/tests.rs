@@ -12,7 +12,7 @@ use vmq::frame::{FrameStore, Offload};
 use super::reference::{Fate, Mac, Port};
 use super::*;
 use crate::fdb::{Config, Fdb, Flap};
-use crate::spec::VlanMode;
+use crate::spec::{PrivateVlan, VlanMode};
 
 /// Never flapping: each move starts a new window.
 const RESTLESS: Flap = Flap { moves: u8::MAX, window: 0, hold: 0 };
@@ -49,7 +49,7 @@ fn flatten(burst: &Burst<'_>, frame: &Frame) -> Vec<u8> {
 }
 
 fn port(vlan: VlanMode) -> Port {
-    Port { vlan, mtu: 1500, source: None }
+    Port { vlan, private: None, mtu: 1500, source: None }
 }
 
 fn trunk(members: &[u16], native: Option<u16>) -> VlanMode {
@@ -80,6 +80,7 @@ impl Rig {
         let rules = |port: &Port| Rules {
             source: port.source,
             vlan: VlanRule::from(&port.vlan),
+            private: port.private,
             mtu: u16::try_from(port.mtu).unwrap(),
         };
         let count = ports.keys().last().map_or(0, |last| last + 1);

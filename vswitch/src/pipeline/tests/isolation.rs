@@ -119,3 +119,23 @@ fn audit_sees_frames_at_all() {
     assert_eq!(audit(&mut rig, &modes, 0, vec![plain.clone(), plain]), 6);
     assert_eq!(audit(&mut rig, &modes, 1, vec![tagged]), 2);
 }
+
+#[test]
+fn isolated_ports_and_communities_meet_routers_and_their_own_only() {
+    let place = |private| Port { private, ..port(VlanMode::Access(10)) };
+    let community = |id| place(Some(PrivateVlan::Community(id)));
+    let isolated = || place(Some(PrivateVlan::Isolated));
+    // 0 is the router; 1 and 2 are isolated; 3 and 4 are a community, 5 is another.
+    let mut rig =
+        Rig::with_ports([place(None), isolated(), isolated(), community(1), community(1), community(2)]);
+    let broadcast = |from: u16| frame(BROADCAST, station(from.into()), &[], 60);
+    for (from, receivers) in [(0, vec![1, 2, 3, 4, 5]), (1, vec![0]), (3, vec![0, 4]), (5, vec![0])] {
+        assert_eq!(rig.send(from, 1, broadcast(from)), Fate::Delivered(receivers.into_iter().collect()));
+    }
+    // Knowing where somebody is does not help.
+    let unicast = |from: u16, to: u16| frame(station(to.into()), station(from.into()), &[], 60);
+    assert_eq!(rig.send(1, 2, unicast(1, 3)), to([0]));
+    assert_eq!(rig.send(3, 2, unicast(3, 5)), to([0, 4]));
+    assert_eq!(rig.send(0, 2, unicast(0, 1)), to([1]));
+    assert_eq!(rig.send(5, 2, unicast(5, 0)), to([0]));
+}

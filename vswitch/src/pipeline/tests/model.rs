@@ -51,13 +51,18 @@ fn mode() -> impl Strategy<Value = VlanMode> {
     ]
 }
 
+fn place() -> impl Strategy<Value = Option<PrivateVlan>> {
+    prop_oneof![
+        4 => Just(None),
+        1 => Just(Some(PrivateVlan::Isolated)),
+        2 => (0..2u16).prop_map(|id| Some(PrivateVlan::Community(id))),
+    ]
+}
+
 fn any_port() -> impl Strategy<Value = Port> {
     let mtu = prop_oneof![6 => Just(1500), 1 => Just(68), 1 => Just(9000)];
-    (mode(), mtu, proptest::option::weighted(0.2, mac())).prop_map(|(vlan, mtu, source)| Port {
-        vlan,
-        mtu,
-        source,
-    })
+    (mode(), mtu, proptest::option::weighted(0.2, mac()), place())
+        .prop_map(|(vlan, mtu, source, private)| Port { vlan, private, mtu, source })
 }
 
 /// Mostly ordinary frames, with up to three tags; some cut anywhere in their header.
