@@ -6,6 +6,7 @@
 //! | [`config`] | `switchyard.toml`, and the same grammar in requests, with every mistake reported at once |
 //! | [`daemon`] | the life of `yardd`: start, signals, end |
 //! | [`api`] | the REST API |
+//! | [`vm`] | virtual machines: their workers, started, watched and taken back |
 //! | [`cli`] | the commands of `yard` |
 
 #![forbid(unsafe_code)]
@@ -14,3 +15,4 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod vm;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use host::api::{BindError, Limits, Listener, OPENAPI, routes};
 use serde_json::{Value, json};
+use support::played::definition;
 use support::{Answer, Fake, Server, connect, exchange};
 use vswitch::pcap::{Direction, Reader};
 
@@ -417,4 +418,69 @@ fn client_that_hangs_up_mid_request_harms_nobody() {
         connect(&server.socket).write_all(&request[..cut]).unwrap();
     }
     assert_eq!(exchange(&server.socket, "GET", "/v1/version", "").status, 200);
+}
+
+#[test]
+fn vm_is_defined_run_changed_and_forgotten() {
+    let (_, server) = start();
+    let body = definition("web", json!({})).to_string();
+    let answer = server.send("POST", "/v1/vms", &body);
+    assert_eq!(answer.status, 201, "{answer:?}");
+    assert!(answer.head.contains("location: /v1/vms/web"), "{}", answer.head);
+    assert_eq!(answer.json()["state"], "off");
+    let post = |what: &str| server.send("POST", &format!("/v1/vms/web/{what}"), "");
+    assert_eq!(post("start").status, 204);
+    let vm = server.get("/v1/vms/web").json();
+    assert_eq!((&vm["state"], &vm["guest"]["heartbeat"]), (&json!("running"), &json!("ok")));
+    assert_eq!(vm["nics"][0]["port"], "web.eth0");
+    assert_eq!(server.get("/v1/vms").json()[0]["name"], "web");
+    assert_eq!(server.get("/v1/report").json()["vms"][0]["name"], "web");
+    let metrics = server.get("/v1/metrics").text();
+    assert!(metrics.contains("switchyard_vm_state{vm=\"web\",state=\"running\"} 1\n"), "{metrics}");
+    assert!(metrics.contains("switchyard_vm_memory_bytes{vm=\"web\"} 67108864\n"), "{metrics}");
+    for what in ["pause", "resume", "reset", "thaw", "sync-time", "shutdown?reboot=true"] {
+        assert_eq!(post(what).status, 204, "{what}");
+    }
+    let answer = server.send("PATCH", "/v1/vms/web", r#"{"memory": "96M", "cpu": {"weight": 7}}"#);
+    assert_eq!((answer.status, &answer.json()["cpu"]["weight"]), (200, &json!(7)));
+    let answer = server.send("POST", "/v1/vms/web/nics", r#"{"name": "eth1", "switch": "lab"}"#);
+    assert_eq!(answer.status, 201, "{answer:?}");
+    assert!(answer.head.contains("location: /v1/vms/web/nics/eth1"), "{}", answer.head);
+    let answer = server.send("PATCH", "/v1/vms/web/nics/eth1", r#"{"mtu": 9000}"#);
+    assert_eq!((answer.status, &answer.json()["nics"][1]["mtu"]), (200, &json!(9000)));
+    assert_eq!(server.send("DELETE", "/v1/vms/web/nics/eth1", "").status, 204);
+    assert_eq!(server.send("PUT", "/v1/vms/web/values/role", r#"{"value": "front"}"#).status, 204);
+    let values = server.get("/v1/vms/web").json()["guest"]["values"].clone();
+    assert!(values.as_array().unwrap().contains(&json!(["role", "front"])), "{values}");
+    assert_eq!(server.send("DELETE", "/v1/vms/web/values/role", "").status, 204);
+    assert_eq!(post("stop").status, 204);
+    assert_eq!(server.send("DELETE", "/v1/vms/web", "").status, 204);
+    assert_eq!(server.get("/v1/vms/web").problem(), "not-found");
+}
+
+#[test]
+fn wrong_request_about_a_vm_is_a_problem_of_its_kind() {
+    let (_, server) = start();
+    let web = definition("web", json!({})).to_string();
+    assert_eq!(server.send("POST", "/v1/vms", &web).status, 201);
+    let elsewhere = definition("db", json!({ "nic": [{ "name": "e", "switch": "none" }] })).to_string();
+    let wrong = definition("db", json!({ "kernel": "vmlinuz" })).to_string();
+    for (method, path, body, status, kind) in [
+        ("POST", "/v1/vms", web.as_str(), 409, "exists"),
+        ("POST", "/v1/vms", elsewhere.as_str(), 404, "not-found"),
+        ("POST", "/v1/vms", wrong.as_str(), 422, "invalid"),
+        ("GET", "/v1/vms/none", "", 404, "not-found"),
+        ("POST", "/v1/vms/none/start", "", 404, "not-found"),
+        ("POST", "/v1/vms/web/stop", "", 409, "state"),
+        ("POST", "/v1/vms/web/pause", "", 409, "state"),
+        ("POST", "/v1/vms/web/shutdown?reboot=perhaps", "", 400, "bad-request"),
+        ("PATCH", "/v1/vms/web", r#"{"vcpus": 4}"#, 422, "invalid"),
+        ("PATCH", "/v1/vms/web", r#"{"memory": "1G"}"#, 422, "invalid"),
+        ("PATCH", "/v1/vms/web/nics/none", r#"{"mtu": 9000}"#, 404, "not-found"),
+        ("DELETE", "/v1/vms/web/nics/none", "", 404, "not-found"),
+        ("PUT", "/v1/vms/web/values/a", r#"{"value": 1}"#, 422, "invalid"),
+    ] {
+        let answer = server.send(method, path, body);
+        assert_eq!((answer.status, answer.problem().as_str()), (status, kind), "{method} {path} {body}");
+    }
 }

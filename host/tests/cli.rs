@@ -301,3 +301,126 @@ fn completions_and_manual_pages_are_written() {
     assert!(page("yard-port-add.1").contains("vhost"));
     assert!(page("switchyard.toml.5").contains("mac\\-spoofing"));
 }
+
+/// A VM `web` that runs, with one fault, and one that could not be started.
+fn machines(server: &Server) {
+    let socket = &server.socket;
+    let nics =
+        ["--nic", "name=eth0,switch=lab,queues=2,access=10", "--nic", "name=eth1,switch=lab,type=legacy"];
+    let words = ["vm", "define", "web", "--kernel", "/dev/null", "--memory", "64M", "--maximum", "128M"];
+    said(socket, &[&words, &nics[..], &["--vcpus", "2", "--start"]].concat());
+    said(socket, &["vm", "value", "set", "web", "fault", "now"]);
+    let words = ["vm", "define", "db", "--kernel", "/nonexistent/vmlinuz", "--memory", "64M", "--start"];
+    assert_eq!(yard(socket, &words).status.code(), Some(1));
+}
+
+#[test]
+fn tables_of_vms_are_as_recorded() {
+    let (_, server) = start();
+    machines(&server);
+    let pid = server.vms.show("web").unwrap().pid.unwrap().to_string();
+    for (words, name) in [
+        (["vm", "list"].as_slice(), "vm-list"),
+        (&["vm", "show", "web"], "vm-show"),
+        (&["vm", "show", "db"], "vm-show-off"),
+        (&["vm", "value", "show", "web"], "vm-value-show"),
+        (&["show"], "vm-in-show"),
+    ] {
+        let table = said(&server.socket, words).replace(server.dir.path().to_str().unwrap(), "");
+        let table = table.replace(&format!("process {pid}"), "process PID");
+        assert!(!table.contains('\x1b'), "what a guest says cannot move the cursor");
+        let table = table.replace(env!("CARGO_PKG_VERSION"), "VERSION");
+        assert_file(&format!("tests/snapshots/{name}.txt"), &table);
+    }
+    let vm: serde_json::Value =
+        serde_json::from_str(&said(&server.socket, &["-j", "vm", "show", "web"])).unwrap();
+    assert_eq!((&vm["state"], &vm["nics"][0]["vlan"]["access"]), (&"running".into(), &10.into()));
+}
+
+#[test]
+fn vms_are_steered() {
+    let (_, server) = start();
+    let socket = &server.socket;
+    let file = server.dir.path().join("vms.toml");
+    let text = "[vm.web]\nmemory = { startup = \"64M\", maximum = \"96M\" }\nkernel = \"vmlinuz\"\n";
+    std::fs::write(&file, text).unwrap();
+    std::fs::write(server.dir.path().join("vmlinuz"), "a kernel").unwrap();
+    let file = file.to_str().unwrap();
+    for words in [
+        ["vm", "define", file].as_slice(),
+        &["vm", "define", file, "--may-exist", "--start"],
+        &["vm", "pause", "web"],
+        &["vm", "resume", "web"],
+        &["vm", "reset", "web"],
+        &["vm", "set", "web", "--memory", "96M", "--cpu-weight", "200", "--cpu-limit", "50"],
+        &["vm", "nic", "add", "web", "eth0", "--switch", "lab", "--access", "10", "--mtu", "9000"],
+        &["vm", "nic", "set", "web", "eth0", "--mtu", "1400", "--passthrough"],
+        &["vm", "nic", "remove", "web", "eth0"],
+        &["vm", "value", "set", "web", "role", "front end"],
+        &["vm", "value", "remove", "web", "role"],
+        &["vm", "thaw", "web"],
+        &["vm", "sync-time", "web"],
+        &["vm", "shutdown", "web", "--reboot"],
+        &["vm", "stop", "web"],
+        &["vm", "delete", "web"],
+        &["vm", "delete", "web", "--if-exists"],
+    ] {
+        assert_eq!(said(socket, words), "", "{words:?}");
+    }
+    assert_eq!(said(socket, &["vm", "list"]), "No virtual machines. `yard vm define FILE` makes some.\n");
+}
+
+#[test]
+fn exit_status_tells_failures_of_vms_apart() {
+    let (_, server) = start();
+    machines(&server);
+    let wrong = server.dir.path().join("wrong.toml");
+    std::fs::write(&wrong, "[vm.a]\nmemory = \"64M\"\nkernal = \"k\"\n").unwrap();
+    let wrong = wrong.to_str().unwrap();
+    for (words, status, says) in [
+        (["vm", "freeze", "web"].as_slice(), 1, "the guest has no hv_vss_daemon"),
+        (&["vm", "start", "web"], 1, "VM `web` is running, expected off"),
+        (&["vm", "define", wrong], 1, "wrong.toml:3: vm.a.kernal: unknown key (did you mean `kernel`?)"),
+        (
+            &["vm", "define", "a", "--kernel", "/k", "--memory", "1M"],
+            1,
+            "memory.startup: \"1M\" is out of range",
+        ),
+        (
+            &["vm", "define", "a", "--kernel", "/k", "--memory", "64M", "--nic", "eth0"],
+            2,
+            "expected KEY=VALUE,...",
+        ),
+        (&["vm", "define", "a", "--kernel", "/k"], 2, "--memory"),
+        (&["vm", "set", "web"], 2, "required"),
+        (&["vm", "nic", "set", "web", "eth0"], 2, "required"),
+        (&["vm", "console", "db"], 1, "VM `db` is off, so it has no console"),
+        (&["vm", "start", "none"], 3, "there is no VM `none`"),
+        (&["vm", "nic", "remove", "web", "none"], 3, "there is no adapter `none`"),
+        (&["vm", "define", "web", "--kernel", "/k", "--memory", "64M"], 4, "VM `web` exists already"),
+    ] {
+        let output = yard(&server.socket, words);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{words:?}: {stderr}");
+        assert!(stderr.contains(says), "{words:?}: {stderr}");
+    }
+}
+
+#[test]
+fn console_takes_a_script_and_prints_what_the_guest_says() {
+    let (_, server) = start();
+    machines(&server);
+    let mut console = Command::new(env!("CARGO_BIN_EXE_yard"))
+        .args(["vm", "console", "web"])
+        .env("YARD_SOCKET", &server.socket)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(console.stdin.as_mut().unwrap(), b"uname\n").unwrap();
+    let mut printed = console.stdout.take().unwrap();
+    assert_eq!(support::played::until(&mut printed, "uname"), "heard uname");
+    // The console ends with its VM.
+    said(&server.socket, &["vm", "stop", "web"]);
+    assert!(console.wait().unwrap().success());
+}

@@ -64,16 +64,32 @@ struct Daemon {
 impl Daemon {
     /// Starts it with `keys` after an `[api]` table, and waits until it says that it is ready.
     fn start(keys: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), keys, &[])
+    }
+
+    /// The same in a directory, with more words.
+    fn start_in(dir: TempDir, keys: &str, words: &[&str]) -> Self {
+        let text = format!("[api]\nsocket = \"api.sock\"\n[workers]\ncpus = [0]\n{keys}\n");
+        std::fs::write(dir.path().join("y.toml"), text).unwrap();
+        Self::run(dir, words)
+    }
+
+    /// A new daemon in the place of one that has ended.
+    fn again(mut self, words: &[&str]) -> Self {
+        let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap());
+        Self::run(dir, words)
+    }
+
+    fn run(dir: TempDir, words: &[&str]) -> Self {
         let (socket, notify) = (dir.path().join("api.sock"), dir.path().join("notify"));
+        let _ = std::fs::remove_file(&notify);
         let manager = UnixDatagram::bind(&notify).unwrap();
         manager.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         let config = dir.path().join("y.toml");
-        std::fs::write(&config, format!("[api]\nsocket = \"api.sock\"\n[workers]\ncpus = [0]\n{keys}\n"))
-            .unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_yardd"))
             .arg("--config")
             .arg(&config)
+            .args(words)
             .env("NOTIFY_SOCKET", &notify)
             .stderr(Stdio::piped())
             .spawn()
@@ -266,4 +282,42 @@ fn offline_run_of_the_same_files_writes_the_same_bytes() {
         sources
     };
     assert_eq!((sources(&runs[0][0]), sources(&runs[0][1])), (vec![2], vec![1, 2, 1]));
+}
+
+/// The configuration's VM `web`, run by a played worker.
+const VM: &str = "[switch.lab]\ntype = \"private\"\n[vm.web]\nmemory = \"64M\"\nkernel = \"/dev/null\"\nautostart = true\n\
+                  [[vm.web.nic]]\nname = \"eth0\"\nswitch = \"lab\"\n";
+
+#[test]
+fn example_with_vms_is_a_good_configuration() {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/vm.toml");
+    let output = yardd(&example, &["--check"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).ends_with("vm.toml: good: 1 switches, 0 ports, 2 virtual machines\n"));
+}
+
+#[test]
+fn vm_outlives_the_daemon_and_is_taken_back() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("no /dev/kvm on this machine, which a daemon hands to its workers");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let worker = support::played::program(dir.path());
+    let worker = worker.to_str().unwrap();
+    let mut daemon = Daemon::start_in(dir, VM, &["--worker", worker]);
+    let show = |daemon: &Daemon| exchange(&daemon.socket, "GET", "/v1/vms/web", "").json();
+    let before = show(&daemon);
+    assert_eq!(before["state"], "running", "{before:#}");
+    let report = exchange(&daemon.socket, "GET", "/v1/switches/lab/ports/web.eth0", "").json();
+    assert_eq!((&report["kind"], &report["mac"]), (&"synthetic".into(), &before["nics"][0]["mac"]));
+    for signal in [Signal::KILL, Signal::TERM] {
+        daemon.signal(signal);
+        daemon.wait();
+        daemon = daemon.again(&["--worker", worker]);
+        let after = show(&daemon);
+        assert_eq!((&after["state"], &after["pid"]), (&"running".into(), &before["pid"]), "{after:#}");
+    }
+    assert_eq!(exchange(&daemon.socket, "POST", "/v1/vms/web/stop", "").status, 204);
+    assert_eq!(show(&daemon)["state"], "off");
 }

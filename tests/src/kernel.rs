@@ -1,15 +1,39 @@
-//! Debian's cloud kernel for guests, downloaded once into `~/.cache/switchyard`.
+//! Debian's kernels for guests, downloaded once into `~/.cache/switchyard`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
+use crate::package::{Cache, update};
 use crate::process::{output, words};
-use crate::setup;
 
-/// Pulls in the current kernel for clouds: small, and with virtio.
-const META_PACKAGE: &str = "linux-image-cloud-amd64";
+/// Which of Debian's kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flavour {
+    /// For clouds: small, boots fast, has virtio, KVM, TUN and bridges, but no emulated network card.
+    Cloud,
+    /// With every driver: e1000 and all of Hyper-V's.
+    Full,
+}
+
+impl Flavour {
+    /// Pulls in the current kernel.
+    fn meta_package(self) -> &'static str {
+        match self {
+            Self::Cloud => "linux-image-cloud-amd64",
+            Self::Full => "linux-image-amd64",
+        }
+    }
+
+    fn is(self, release: &str) -> bool {
+        let full = release.strip_suffix("-amd64").is_some_and(|version| !version.ends_with("-cloud"));
+        match self {
+            Self::Cloud => release.ends_with("-cloud-amd64"),
+            Self::Full => full,
+        }
+    }
+}
 
 /// An unpacked kernel package.
 #[derive(Debug, Clone)]
@@ -19,25 +43,28 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The cached kernel, or a fresh download.
+    /// The cloud kernel: cached, or a fresh download.
     pub fn get() -> Result<Self> {
-        let home = std::env::var_os("HOME").context("HOME is not set")?;
-        let cache =
-            std::env::var_os("XDG_CACHE_HOME").map_or_else(|| Path::new(&home).join(".cache"), PathBuf::from);
-        let cache = cache.join("switchyard");
-        std::fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
-        // One downloads, the others wait.
-        let lock = std::fs::File::create(cache.join("lock"))?;
-        lock.lock()?;
-        match Self::cached(&cache)? {
+        Self::of(Flavour::Cloud)
+    }
+
+    /// The cached kernel of that flavour, or a fresh download.
+    pub fn of(flavour: Flavour) -> Result<Self> {
+        let cache = Cache::open()?;
+        match Self::cached(cache.folder(), flavour)? {
             Some(kernel) => Ok(kernel),
-            None => Self::download(&cache),
+            None => Self::download(&cache, flavour),
         }
     }
 
     /// The compressed kernel, for QEMU's `-kernel`.
     pub fn image(&self) -> PathBuf {
         self.tree.join(format!("boot/vmlinuz-{}", self.release))
+    }
+
+    /// Its version and flavour, as `uname -r` tells.
+    pub fn release(&self) -> &str {
+        &self.release
     }
 
     /// The files of `modules` and of what they depend on, in the order to load them.
@@ -57,12 +84,12 @@ impl Kernel {
         Ok(files)
     }
 
-    fn cached(cache: &Path) -> Result<Option<Self>> {
+    fn cached(cache: &Path, flavour: Flavour) -> Result<Option<Self>> {
         let mut trees = Vec::new();
         for entry in std::fs::read_dir(cache)? {
             let tree = entry?.path();
             let name = tree.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if let Some(release) = name.strip_prefix("linux-image-") {
+            if let Some(release) = name.strip_prefix("linux-image-").filter(|release| flavour.is(release)) {
                 trees.push(Self { release: release.to_owned(), tree });
             }
         }
@@ -70,35 +97,23 @@ impl Kernel {
         Ok(trees.pop())
     }
 
-    fn download(cache: &Path) -> Result<Self> {
-        let package = package().or_else(|error| {
-            if !setup::is_root() {
-                return Err(error.context("no package lists; run: sudo apt-get update"));
-            }
-            words("apt-get -qq update")?;
-            package()
+    fn download(cache: &Cache, flavour: Flavour) -> Result<Self> {
+        let package = package(flavour).or_else(|error| {
+            update(error)?;
+            package(flavour)
         })?;
         let release = package.strip_prefix("linux-image-").context("unexpected package name")?.to_owned();
-        eprintln!("downloading {package}");
-        let work = tempfile::tempdir_in(cache)?;
-        output(Command::new("apt-get").args(["-qq", "download", &package]).current_dir(&work))?;
-        let archive = std::fs::read_dir(&work)?.next().context("apt-get downloaded nothing")??.path();
-        let unpacked = work.path().join("tree");
-        output(Command::new("dpkg").arg("-x").arg(&archive).arg(&unpacked))?;
-        output(Command::new("depmod").arg("-b").arg(&unpacked).arg(&release))?;
-        let tree = cache.join(&package);
-        std::fs::rename(&unpacked, &tree)?;
+        let depmod = |tree: &Path| output(Command::new("depmod").arg("-b").arg(tree).arg(&release)).map(drop);
+        let tree = cache.unpacked(&package, depmod)?;
         Ok(Self { tree, release })
     }
 }
 
 /// The package that the meta package stands for today.
-fn package() -> Result<String> {
-    let depends = words(&format!("apt-cache depends {META_PACKAGE}"))?;
-    match depended_image(&depends) {
-        Some(package) => Ok(package.to_owned()),
-        None => bail!("apt knows no {META_PACKAGE}"),
-    }
+fn package(flavour: Flavour) -> Result<String> {
+    let meta = flavour.meta_package();
+    let depends = words(&format!("apt-cache depends {meta}"))?;
+    depended_image(&depends).map(str::to_owned).with_context(|| format!("apt knows no {meta}"))
 }
 
 fn depended_image(depends: &str) -> Option<&str> {
@@ -117,5 +132,12 @@ mod tests {
         let depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n";
         assert_eq!(depended_image(depends), Some("linux-image-6.1.0-56-cloud-amd64"));
         assert_eq!(depended_image("linux-image-cloud-amd64\n"), None);
+    }
+
+    #[test]
+    fn flavours_are_told_apart_by_release() {
+        assert!(Flavour::Cloud.is("6.1.0-56-cloud-amd64") && !Flavour::Full.is("6.1.0-56-cloud-amd64"));
+        assert!(Flavour::Full.is("6.1.0-56-amd64") && !Flavour::Cloud.is("6.1.0-56-amd64"));
+        assert!(!Flavour::Full.is("6.1.0-56-arm64"));
     }
 }

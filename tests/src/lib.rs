@@ -10,7 +10,9 @@
 //! | [`setup`] | Debian packages, huge pages, what this machine can do |
 //! | [`station`] | the trait of a place where commands run: a namespace or a guest |
 //! | [`netns`], [`bridge`] | network namespaces, veth, TAP; a Linux bridge to compare with |
-//! | [`guest`], [`nic`], [`kernel`], [`initrd`], [`cpio`] | Debian guests under QEMU's software CPU |
+//! | [`guest`], [`nic`], [`orders`] | Debian guests under QEMU's software CPU |
+//! | [`nested`] | a host with KVM of its own, under QEMU's software CPU, and guests in it |
+//! | [`package`], [`kernel`], [`initrd`], [`cpio`] | Debian's kernels, and root file systems made on the spot |
 //! | [`testpmd`] | DPDK's packet generator over virtio-user, or as a switch |
 //! | [`ovs`] | a private OVS-DPDK |
 //! | [`iperf`], [`ping`], [`transfer`] | throughput, round trips and compared bytes between two stations |
@@ -29,10 +31,13 @@ pub mod iperf;
 pub mod janitor;
 pub mod kernel;
 pub mod lab;
+pub mod nested;
 pub mod netns;
 pub mod nic;
 pub mod numbered;
+pub mod orders;
 pub mod ovs;
+pub mod package;
 pub mod packets;
 pub mod ping;
 pub mod player;

@@ -26,6 +26,22 @@ pub const GUESTS: Packages = &[
     "kmod",
     "util-linux",
 ];
+/// The nested host, and guests in it. Kernels and Hyper-V's daemons are only unpacked
+/// ([`package`](crate::package)).
+pub const NESTED: Packages = &[
+    "qemu-system-x86",
+    "seabios",
+    "busybox-static",
+    "dash",
+    "iproute2",
+    "iputils-ping",
+    "iperf3",
+    "ethtool",
+    "kmod",
+    "procps",
+    "tcpdump",
+    "util-linux",
+];
 /// The packet generator.
 pub const TESTPMD: Packages = &["dpdk", "util-linux"];
 /// The switch to compare with.
@@ -35,7 +51,7 @@ pub const CAPTURES: Packages = &["tcpdump", "tcpreplay", "tshark"];
 
 /// All of them.
 pub fn all_packages() -> Vec<&'static str> {
-    let mut all = [NETWORK, GUESTS, TESTPMD, OVS, CAPTURES].concat();
+    let mut all = [NETWORK, GUESTS, NESTED, TESTPMD, OVS, CAPTURES].concat();
     all.sort_unstable();
     all.dedup();
     all

@@ -23,6 +23,14 @@ pub fn programs() -> Result<PathBuf> {
         .with_context(|| format!("no yardd beside {}; run: cargo build --package host", own.display()))
 }
 
+/// One port of a daemon's report.
+pub fn find_port(report: &Value, switch: &str, port: &str) -> Result<Value> {
+    let find = |list: &Value, name: &str| list.as_array()?.iter().find(|one| one["name"] == name).cloned();
+    find(&report["switches"], switch)
+        .and_then(|switch| find(&switch["ports"], port))
+        .with_context(|| format!("no port {switch}/{port} in {report}"))
+}
+
 /// A running daemon; killed when dropped.
 #[derive(Debug)]
 pub struct Yardd {
@@ -95,12 +103,7 @@ impl Yardd {
 
     /// One port of the report.
     pub fn port(&self, switch: &str, port: &str) -> Result<Value> {
-        let report = self.report()?;
-        let find =
-            |list: &Value, name: &str| list.as_array()?.iter().find(|one| one["name"] == name).cloned();
-        find(&report["switches"], switch)
-            .and_then(|switch| find(&switch["ports"], port))
-            .with_context(|| format!("no port {switch}/{port} in {report}"))
+        find_port(&self.report()?, switch, port)
     }
 
     /// Waits until a port is in `state` (`up`, `waiting`, `faulted`, `finished`).

@@ -26,6 +26,13 @@ pub fn release() -> Result<PathBuf> {
     Ok(target().join("release"))
 }
 
+/// Builds everything that the nested host runs as it ships: the daemon, the VMs' worker, and the lab's porter.
+pub fn release_for_nested() -> Result<PathBuf> {
+    let packages = ["--package", "host", "--package", "hypervisor", "--package", "switchyard-tests"];
+    cargo(&[&["build", "--release", "--bins"][..], &packages].concat())?;
+    Ok(target().join("release"))
+}
+
 /// Where cargo puts what it builds.
 pub fn target() -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {

@@ -1,4 +1,4 @@
-//! Chores of Switchyard: `cargo xtask demo`, `test`, `bench`, `lint`.
+//! Chores of Switchyard: `cargo xtask demo`, `test`, `bench`, `nested`, `lint`.
 
 #![forbid(unsafe_code)]
 
@@ -6,6 +6,7 @@ mod bench;
 mod build;
 mod demo;
 mod lint;
+mod nested;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -26,6 +27,8 @@ enum Chore {
     Test(test::Options),
     /// Print measured figures, beside those of peers from the same run.
     Bench(bench::Options),
+    /// A shell in the nested host: a Linux machine with KVM, under QEMU's software CPU.
+    Nested(nested::Options),
     /// Formatting, lints, licences of dependencies, sizes of files.
     Lint,
 }
@@ -35,6 +38,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Demo(options) => demo::run(&options),
         Chore::Test(options) => test::run(&options),
         Chore::Bench(options) => bench::run(&options),
+        Chore::Nested(options) => nested::run(&options),
         Chore::Lint => lint::run(),
     }
 }

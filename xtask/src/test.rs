@@ -27,7 +27,7 @@ pub fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     switchyard_tests::setup::ensure(&switchyard_tests::setup::all_packages())?;
-    cargo(&["build", "--package", "host", "--bins"])?;
+    cargo(&["build", "--package", "host", "--package", "hypervisor", "--bins"])?;
     let whole = ["test", "--package", "switchyard-tests", "--"];
     cargo(&[&whole[..], &["--test-threads=1"], &filter.into_iter().collect::<Vec<_>>()].concat())
 }

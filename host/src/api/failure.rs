@@ -6,6 +6,7 @@ use serde_json::json;
 use vswitch::error::FabricError;
 
 use crate::config::{ConfigError, Problem};
+use crate::vm::VmError;
 
 /// Why a request failed.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub enum Kind {
     Timeout,
     /// Something of that name exists.
     Exists,
+    /// The VM is in another state than the request needs.
+    State,
     /// The body is too long.
     TooLarge,
     /// A value is out of range or contradicts another.
@@ -50,6 +53,7 @@ impl Kind {
             Self::Method => ("method", StatusCode::METHOD_NOT_ALLOWED, "method not allowed here"),
             Self::Timeout => ("timeout", StatusCode::REQUEST_TIMEOUT, "the request came too slowly"),
             Self::Exists => ("exists", StatusCode::CONFLICT, "exists already"),
+            Self::State => ("state", StatusCode::CONFLICT, "the VM is in another state"),
             Self::TooLarge => ("too-large", StatusCode::PAYLOAD_TOO_LARGE, "the request is too long"),
             Self::Invalid => ("invalid", StatusCode::UNPROCESSABLE_ENTITY, "a value does not do"),
             Self::Failed => ("failed", StatusCode::INTERNAL_SERVER_ERROR, "the host refused"),
@@ -72,6 +76,26 @@ impl From<FabricError> for Failure {
             FabricError::Exists { .. } => Kind::Exists,
             FabricError::Invalid { .. } => Kind::Invalid,
             FabricError::Failed { .. } => Kind::Failed,
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+impl From<VmError> for Failure {
+    fn from(error: VmError) -> Self {
+        let kind = match &error {
+            VmError::NotFound { .. } => Kind::NotFound,
+            VmError::State { .. } => Kind::State,
+            VmError::Invalid { .. } => Kind::Invalid,
+            VmError::Port { source: FabricError::Invalid { .. }, .. } => Kind::Invalid,
+            VmError::Port { source: FabricError::NotFound { .. }, .. } => Kind::NotFound,
+            error if error.is_exists() => Kind::Exists,
+            VmError::Exists { .. }
+            | VmError::Port { .. }
+            | VmError::Io { .. }
+            | VmError::Refused(_)
+            | VmError::Silent { .. }
+            | VmError::Ending => Kind::Failed,
         };
         Self::new(kind, error.to_string())
     }

@@ -18,8 +18,8 @@ use vswitch::report::{FabricReport, PortReport, SwitchReport};
 use super::{Api, Backend, Failure, Kind, OPENAPI};
 use crate::config;
 
-type Shared = State<Arc<Api>>;
-type Answer = Result<Response, Failure>;
+pub(super) type Shared = State<Arc<Api>>;
+pub(super) type Answer = Result<Response, Failure>;
 
 /// Parts of the address; what cannot be read is a [`Failure`].
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Arc<Api>> for Asked<T> {
 
 /// A request's JSON body, bounded in length and time.
 #[derive(Debug)]
-pub(super) struct Document(Value);
+pub(super) struct Document(pub Value);
 
 impl FromRequest<Arc<Api>> for Document {
     type Rejection = Failure;
@@ -93,7 +93,9 @@ pub(super) async fn openapi() -> Response {
 
 pub(super) async fn report(State(api): Shared) -> Answer {
     let report = api.blocking(|backend| Ok::<_, Failure>(backend.report())).await?;
-    Ok(Json(report).into_response())
+    let vms = api.with_vms(|vms| Ok::<_, Failure>(vms.list())).await?;
+    let FabricReport { switches, workers } = report;
+    Ok(Json(json!({ "switches": switches, "workers": workers, "vms": vms })).into_response())
 }
 
 pub(super) async fn list_switches(State(api): Shared) -> Answer {
@@ -269,7 +271,7 @@ pub(super) async fn remove_address(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-fn created(location: String, body: impl IntoResponse) -> Response {
+pub(super) fn created(location: String, body: impl IntoResponse) -> Response {
     (StatusCode::CREATED, [(header::LOCATION, location)], body).into_response()
 }
 

@@ -10,14 +10,17 @@ use vswitch::report::{FabricReport, PortReport, PortState, QueueReport, SwitchRe
 use vswitch::tally::CounterValues;
 
 use super::{Api, Failure};
+use crate::vm::VmReport;
 
 pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Failure> {
     let report = api.blocking(|backend| Ok::<_, Failure>(backend.report())).await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text(&report)).into_response())
+    let vms = api.with_vms(|vms| Ok::<_, Failure>(vms.list())).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text(&report, &vms))
+        .into_response())
 }
 
 /// The report as metrics.
-fn text(report: &FabricReport) -> String {
+fn text(report: &FabricReport, vms: &[VmReport]) -> String {
     let mut page = Page(String::new());
     page.head("switchyard_build_info", "gauge", "What runs.");
     page.value("switchyard_build_info", &format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1);
@@ -25,6 +28,7 @@ fn text(report: &FabricReport) -> String {
     port_metrics(&mut page, report);
     queue_metrics(&mut page, report);
     worker_metrics(&mut page, report);
+    vm_metrics(&mut page, vms);
     page.0
 }
 
@@ -130,5 +134,25 @@ fn worker_metrics(page: &mut Page, report: &FabricReport) {
     page.head("switchyard_worker_sleeps_total", "counter", "Times the worker went to sleep.");
     for worker in &report.workers {
         page.value("switchyard_worker_sleeps_total", &format!("cpu=\"{}\"", worker.cpu), worker.sleeps);
+    }
+}
+
+fn vm_metrics(page: &mut Page, vms: &[VmReport]) {
+    let labels = |vm: &VmReport| format!("vm=\"{}\"", escaped(&vm.name));
+    page.head("switchyard_vm_state", "gauge", "1 for the state that the VM is in.");
+    for vm in vms {
+        page.value("switchyard_vm_state", &format!("{},state=\"{}\"", labels(vm), vm.state.name()), 1);
+    }
+    page.head("switchyard_vm_memory_bytes", "gauge", "Memory that the guest has.");
+    for vm in vms {
+        page.value("switchyard_vm_memory_bytes", &labels(vm), vm.memory.assigned.unwrap_or(0));
+    }
+    page.head("switchyard_vm_restarts_total", "counter", "Times the restart policy started the VM.");
+    for vm in vms {
+        page.value("switchyard_vm_restarts_total", &labels(vm), vm.restarts);
+    }
+    page.head("switchyard_vm_faults", "gauge", "Devices and services stopped for what the guest did.");
+    for vm in vms {
+        page.value("switchyard_vm_faults", &labels(vm), vm.faults.len());
     }
 }

@@ -7,6 +7,7 @@ mod failure;
 mod handlers;
 mod metrics;
 mod server;
+mod vms;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::routing::{MethodRouter, delete, get, patch, post, put};
 use tokio::sync::Semaphore;
+
+use crate::vm::Manager;
 
 pub use backend::{Backend, Outcome, Recording};
 pub use failure::{Failure, Kind};
@@ -56,6 +59,7 @@ impl Default for Limits {
 /// What the handlers share.
 pub struct Api {
     backend: Arc<dyn Backend>,
+    vms: Arc<Manager>,
     limits: Limits,
     captures: Arc<Semaphore>,
     stopping: AtomicBool,
@@ -68,10 +72,10 @@ impl std::fmt::Debug for Api {
 }
 
 impl Api {
-    /// An API over `backend`.
-    pub fn new(backend: Arc<dyn Backend>, limits: Limits) -> Arc<Self> {
+    /// An API over a switch and its virtual machines.
+    pub fn new(backend: Arc<dyn Backend>, vms: Arc<Manager>, limits: Limits) -> Arc<Self> {
         let captures = Arc::new(Semaphore::new(limits.captures));
-        Arc::new(Self { backend, limits, captures, stopping: AtomicBool::new(false) })
+        Arc::new(Self { backend, vms, limits, captures, stopping: AtomicBool::new(false) })
     }
 
     /// Captures end, each with its statistics.
@@ -91,18 +95,36 @@ impl Api {
         F: FnOnce(&dyn Backend) -> Result<T, E> + Send + 'static,
     {
         let api = Arc::clone(self);
-        match tokio::task::spawn_blocking(move || work(api.backend.as_ref()).map_err(Into::into)).await {
-            Ok(outcome) => outcome,
-            // The fault is logged by the panic hook; the client learns that it was not its own.
-            Err(_) => Err(Failure::new(Kind::Failed, "the daemon has a bug: see its log")),
-        }
+        wait_for(move || work(api.backend.as_ref()).map_err(Into::into)).await
+    }
+
+    /// Does `work` with the virtual machines on a thread that may block.
+    async fn with_vms<T, E, F>(self: &Arc<Self>, work: F) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        E: Into<Failure> + Send + 'static,
+        F: FnOnce(&Manager) -> Result<T, E> + Send + 'static,
+    {
+        let api = Arc::clone(self);
+        wait_for(move || work(&api.vms).map_err(Into::into)).await
+    }
+}
+
+/// Does `work` on a thread that may block.
+async fn wait_for<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        // The fault is logged by the panic hook; the client learns that it was not its own.
+        Err(_) => Err(Failure::new(Kind::Failed, "the daemon has a bug: see its log")),
     }
 }
 
 /// Every address with its method.
 pub fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Api>>)> {
     use handlers as h;
-    vec![
+    let mut routes = vec![
         ("get", "/v1/version", get(h::version)),
         ("get", "/v1/openapi.json", get(h::openapi)),
         ("get", "/v1/report", get(h::report)),
@@ -123,7 +145,9 @@ pub fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Api>>)> {
         ("delete", "/v1/switches/{switch}/addresses", delete(h::flush_addresses)),
         ("delete", "/v1/switches/{switch}/addresses/{mac}", delete(h::remove_address)),
         ("get", "/v1/switches/{switch}/capture", get(capture::capture)),
-    ]
+    ];
+    routes.extend(vms::routes());
+    routes
 }
 
 /// The API as a service.

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use super::vm_args::VmCommand;
+
 /// Examples, for `--help` and the manual page.
 pub const EXAMPLES: &[(&str, &str)] = &[
     ("yard show", "Everything on one screen, faults first."),
@@ -13,6 +15,11 @@ pub const EXAMPLES: &[(&str, &str)] = &[
     ("yard port set lab/red --access 10 --mtu 9000", "Put it into VLAN 10, with jumbo frames."),
     ("yard capture lab/red -w - | wireshark -k -i -", "Watch it live."),
     ("yard capture lab --drops --count 100 -w drops.pcapng", "Why are frames dropped?"),
+    (
+        "yard vm define web --kernel vmlinuz --initrd initrd.img --memory 512M --nic name=eth0,switch=lab --start",
+        "A virtual machine.",
+    ),
+    ("yard vm console web", "Its serial console; Ctrl-] leaves it."),
     ("yard stats --watch 1", "Rates every second."),
     ("yard -j show | jq '.switches[].ports[].name'", "For programs."),
 ];
@@ -23,11 +30,12 @@ Examples:
   yard port add lab/red --vhost-user /run/switchyard/red.sock --queues 4
   yard port set lab/red --access 10 --mtu 9000
   yard capture lab/red -w - | wireshark -k -i -
+  yard vm define web --kernel vmlinuz --initrd initrd.img --memory 512M --nic name=eth0,switch=lab --start
   yard stats --watch 1
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such thing, 4 exists already, 5 the daemon does not answer.";
 
-/// Shows and changes the switches of a running yardd.
+/// Shows and changes the switches and virtual machines of a running yardd.
 #[derive(Debug, Parser)]
 #[command(name = "yard", version, after_help = AFTER, propagate_version = true, max_term_width = 100)]
 pub struct Yard {
@@ -45,7 +53,7 @@ pub struct Yard {
 /// What `yard` does.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show switches, ports, workers and every fault
+    /// Show switches, ports, virtual machines, workers and every fault
     Show,
     /// Add, remove and list switches
     #[command(subcommand)]
@@ -59,6 +67,9 @@ pub enum Command {
     /// Show queues, and choose the processors that poll them
     #[command(subcommand)]
     Queue(QueueCommand),
+    /// Define, start, end, change and show virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
     /// Show counters and drop reasons, or rates
     Stats(StatsArgs),
     /// Show a live table of ports and queues
@@ -275,34 +286,42 @@ pub struct PortAdd {
 
 /// `yard port set`
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("change").required(true).multiple(true)))]
 pub struct PortSet {
     /// Which port
     #[arg(value_name = "SWITCH/PORT")]
     pub port: PortName,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "a comment here would become the command's help")]
+    pub change: ChangeArgs,
+}
+
+/// What may change of a port while it runs.
+#[derive(Debug, Clone, Args)]
+#[group(required = true, multiple = true)]
+pub struct ChangeArgs {
     /// Longest IP packet in bytes
-    #[arg(long, value_name = "BYTES", group = "change")]
+    #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u32>,
     /// Untagged frames only, all of this VLAN
-    #[arg(long, value_name = "VLAN", group = "change", conflicts_with_all = ["trunk", "passthrough"])]
+    #[arg(long, value_name = "VLAN", conflicts_with_all = ["trunk", "passthrough"])]
     pub access: Option<u16>,
     /// Tagged frames of these VLANs, such as 10-20,30
-    #[arg(long, value_name = "VLANS", group = "change", conflicts_with = "passthrough")]
+    #[arg(long, value_name = "VLANS", conflicts_with = "passthrough")]
     pub trunk: Option<String>,
     /// With --trunk: VLAN of untagged frames
     #[arg(long, value_name = "VLAN", requires = "trunk")]
     pub native: Option<u16>,
     /// Frames keep the tag that they have
-    #[arg(long, group = "change")]
+    #[arg(long)]
     pub passthrough: bool,
     /// Allow other source addresses than the port's
-    #[arg(long, value_name = "BOOL", group = "change")]
+    #[arg(long, value_name = "BOOL")]
     pub mac_spoofing: Option<bool>,
     /// Merge TCP segments for a receiver that takes large frames
-    #[arg(long, value_name = "BOOL", group = "change")]
+    #[arg(long, value_name = "BOOL")]
     pub coalesce: Option<bool>,
     /// Most addresses that are learnt on the port, or none
-    #[arg(long, value_name = "N|none", group = "change")]
+    #[arg(long, value_name = "N|none")]
     pub address_limit: Option<String>,
 }
 

@@ -14,7 +14,7 @@ pub mod exit {
     pub const FAILED: u8 = 1;
     /// The command line is wrong.
     pub const USAGE: u8 = 2;
-    /// A switch, port, queue or address does not exist.
+    /// A switch, port, queue, address, VM or adapter does not exist.
     pub const NOT_FOUND: u8 = 3;
     /// Something of that name exists already.
     pub const EXISTS: u8 = 4;
@@ -35,6 +35,7 @@ pub struct Failure {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Problem {
+    kind: String,
     detail: String,
 }
 
@@ -76,14 +77,14 @@ impl Failure {
     /// The daemon refused.
     pub fn refused(status: StatusCode, body: &[u8]) -> Self {
         let problem: Problem = serde_json::from_slice(body).unwrap_or_default();
-        let text =
-            if problem.detail.is_empty() { format!("the daemon answered {status}") } else { problem.detail };
         let exit = match status {
             StatusCode::NOT_FOUND => exit::NOT_FOUND,
-            StatusCode::CONFLICT => exit::EXISTS,
+            StatusCode::CONFLICT if problem.kind != "state" => exit::EXISTS,
             StatusCode::REQUEST_TIMEOUT => exit::UNREACHABLE,
             _ => exit::FAILED,
         };
+        let text =
+            if problem.detail.is_empty() { format!("the daemon answered {status}") } else { problem.detail };
         Self { status: exit, text }
     }
 }

@@ -24,12 +24,13 @@ const YARD_FILES: &[(&str, &str)] =
 const YARDD_FILES: &[(&str, &str)] = &[
     ("/etc/switchyard/switchyard.toml", "The configuration; see switchyard.toml(5)."),
     ("/run/switchyard/yardd.sock", "Socket of the API, unless the configuration names another."),
+    ("/run/switchyard/vm/NAME/", "A running VM's sockets and logs: vm/NAME beside the API's socket."),
 ];
 const YARD_STATUS: &[(&str, &str)] = &[
     ("0", "Done."),
     ("1", "The request failed."),
     ("2", "The command line is wrong."),
-    ("3", "There is no such switch, port, queue or address."),
+    ("3", "There is no such switch, port, queue, address, VM or adapter."),
     ("4", "Something of that name exists already."),
     ("5", "The daemon does not answer."),
 ];

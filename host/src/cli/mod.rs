@@ -3,6 +3,7 @@
 pub mod args;
 mod capture;
 mod client;
+mod console;
 mod failure;
 pub mod manual;
 mod model;
@@ -12,6 +13,9 @@ mod run;
 mod show;
 mod table;
 mod top;
+pub mod vm_args;
+mod vm_show;
+mod vms;
 
 pub use failure::{Failure, exit};
 pub use run::main;

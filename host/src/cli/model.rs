@@ -1,6 +1,7 @@
 //! What the daemon reports, as far as tables show it. Fields that a newer daemon adds are ignored.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 
@@ -8,6 +9,8 @@ use serde::Deserialize;
 pub struct Report {
     pub switches: Vec<Switch>,
     pub workers: Vec<Worker>,
+    #[serde(default)]
+    pub vms: Vec<Vm>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -98,6 +101,111 @@ pub struct Version {
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Flushed {
     pub flushed: usize,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Vm {
+    pub name: String,
+    pub state: String,
+    pub reason: Option<String>,
+    pub warnings: Vec<String>,
+    pub vcpus: u32,
+    pub memory: VmMemory,
+    pub cpu: VmCpu,
+    pub kernel: String,
+    pub initrd: Option<String>,
+    pub cmdline: String,
+    pub restart: String,
+    pub restarts: u32,
+    pub changed: bool,
+    pub uptime: Option<f64>,
+    pub pid: Option<u32>,
+    pub vmbus: Option<String>,
+    pub nics: Vec<NicStatus>,
+    pub guest: Guest,
+    pub faults: Vec<VmFault>,
+    pub panic: Option<Panic>,
+    pub exits: Vec<Exit>,
+    pub directory: String,
+    pub console: PathBuf,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct VmMemory {
+    pub startup: u64,
+    pub minimum: u64,
+    pub maximum: u64,
+    pub huge: bool,
+    pub assigned: Option<u64>,
+    pub dynamic: Option<DynamicMemory>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct DynamicMemory {
+    pub committed: u64,
+    pub available: u64,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct VmCpu {
+    pub reserve: u32,
+    pub limit: u32,
+    pub weight: u32,
+    pub pin: Vec<usize>,
+    pub baseline: Option<String>,
+    pub cgroup: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct NicStatus {
+    pub name: String,
+    pub kind: String,
+    pub switch: String,
+    pub port: String,
+    pub mac: String,
+    pub mtu: u32,
+    pub queues: u16,
+    pub channels: u16,
+    pub connected: bool,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Guest {
+    pub heartbeat: String,
+    pub os: Option<String>,
+    pub version: Option<String>,
+    pub hostname: Option<String>,
+    pub addresses: Vec<String>,
+    pub values: Vec<(String, String)>,
+    pub services: Vec<(String, String)>,
+    pub frozen: bool,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct VmFault {
+    pub device: String,
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Panic {
+    pub parameters: Vec<u64>,
+    pub log: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Exit {
+    pub kind: String,
+    pub count: u64,
 }
 
 /// The words for a drop reason; a newer daemon's reason is shown by its name.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::args::{Kind, PortAdd, PortSet, SwitchAdd};
+use super::args::{ChangeArgs, Kind, PortAdd, SwitchAdd};
 use super::failure::Failure;
 
 /// The request that adds a switch.
@@ -24,14 +24,7 @@ pub fn new_switch(args: &SwitchAdd) -> Value {
 
 /// The request that adds a port. Paths are made absolute, as the daemon is elsewhere.
 pub fn new_port(args: &PortAdd) -> Result<Value, Failure> {
-    let mut body = match &args.with {
-        Some(text) => match serde_json::from_str(text) {
-            Ok(Value::Object(body)) => body,
-            Ok(_) => return Err(Failure::usage("--with: expected a JSON object")),
-            Err(error) => return Err(Failure::usage(format!("--with: {error}"))),
-        },
-        None => Map::new(),
-    };
+    let mut body = extra(args.with.as_deref())?;
     body.insert("name".into(), json!(args.port.port));
     let (kind, attachment) = attachment(args)?;
     body.insert(kind.into(), attachment);
@@ -49,7 +42,7 @@ pub fn new_port(args: &PortAdd) -> Result<Value, Failure> {
 }
 
 /// The request that changes a port.
-pub fn port_change(args: &PortSet) -> Result<Value, Failure> {
+pub fn port_change(args: &ChangeArgs) -> Result<Value, Failure> {
     let mut body = Map::new();
     put(&mut body, "mtu", args.mtu);
     put(&mut body, "vlan", vlan(args.access, args.trunk.as_deref(), args.native));
@@ -73,13 +66,23 @@ pub fn port_change(args: &PortSet) -> Result<Value, Failure> {
     Ok(body.into())
 }
 
-fn put<T: serde::Serialize>(body: &mut Map<String, Value>, key: &str, value: Option<T>) {
+/// What `--with` adds.
+pub fn extra(with: Option<&str>) -> Result<Map<String, Value>, Failure> {
+    let Some(text) = with else { return Ok(Map::new()) };
+    match serde_json::from_str(text) {
+        Ok(Value::Object(body)) => Ok(body),
+        Ok(_) => Err(Failure::usage("--with: expected a JSON object")),
+        Err(error) => Err(Failure::usage(format!("--with: {error}"))),
+    }
+}
+
+pub fn put<T: serde::Serialize>(body: &mut Map<String, Value>, key: &str, value: Option<T>) {
     if let Some(value) = value {
         body.insert(key.into(), json!(value));
     }
 }
 
-fn vlan(access: Option<u16>, trunk: Option<&str>, native: Option<u16>) -> Option<Value> {
+pub fn vlan(access: Option<u16>, trunk: Option<&str>, native: Option<u16>) -> Option<Value> {
     match (access, trunk, native) {
         (Some(access), _, _) => Some(json!({ "access": access })),
         (None, Some(trunk), Some(native)) => Some(json!({ "trunk": trunk, "native": native })),
@@ -108,7 +111,7 @@ fn attachment(args: &PortAdd) -> Result<(&'static str, Value), Failure> {
     Ok(("pcap", files.into()))
 }
 
-fn absolute(path: &Path) -> Result<String, Failure> {
+pub fn absolute(path: &Path) -> Result<String, Failure> {
     let path =
         std::path::absolute(path).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
     match path.into_os_string().into_string() {

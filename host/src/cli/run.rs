@@ -13,7 +13,8 @@ use super::client::{Client, part};
 use super::failure::{Failure, exit};
 use super::model::{Addresses, Flushed, Port, Report, Switch, Version};
 use super::table::{colour, plain};
-use super::{capture, manual, ports, show, top};
+use super::vm_args::VmCommand;
+use super::{capture, manual, ports, show, top, vms};
 use crate::config::DEFAULT_SOCKET;
 
 /// Runs `yard` with the words of its command line; returns the exit status.
@@ -53,10 +54,10 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
 }
 
 /// How answers are shown.
-struct Session {
-    client: Client,
-    json: bool,
-    colour: bool,
+pub(super) struct Session {
+    pub(super) client: Client,
+    pub(super) json: bool,
+    pub(super) colour: bool,
 }
 
 async fn run(yard: Yard) -> Result<(), Failure> {
@@ -68,7 +69,7 @@ async fn run(yard: Yard) -> Result<(), Failure> {
         colour: colour(),
     };
     let live = match &yard.command {
-        Command::Top(_) | Command::Capture(_) => true,
+        Command::Top(_) | Command::Capture(_) | Command::Vm(VmCommand::Console { .. }) => true,
         Command::Stats(args) => args.watch.is_some(),
         _ => false,
     };
@@ -81,6 +82,7 @@ async fn run(yard: Yard) -> Result<(), Failure> {
         Command::Port(command) => session.port(command).await,
         Command::Fdb(command) => session.fdb(command).await,
         Command::Queue(command) => session.queue(command).await,
+        Command::Vm(command) => vms::run(&session, command).await,
         Command::Stats(_) if session.json => session.json("/v1/report").await,
         Command::Stats(args) => top::stats(&session.client, &args, session.colour).await,
         Command::Top(args) => top::top(&session.client, &args, session.colour).await,
@@ -98,19 +100,19 @@ fn port_path(name: &PortName) -> String {
 }
 
 /// A failure of `status` is none.
-fn unless(status: u8, tolerated: bool, outcome: Result<(), Failure>) -> Result<(), Failure> {
+pub(super) fn unless(status: u8, tolerated: bool, outcome: Result<(), Failure>) -> Result<(), Failure> {
     outcome.or_else(|failure| if tolerated && failure.status == status { Ok(()) } else { Err(failure) })
 }
 
 impl Session {
     /// Prints the answer as it is.
-    async fn json(&self, path: &str) -> Result<(), Failure> {
+    pub(super) async fn json(&self, path: &str) -> Result<(), Failure> {
         let answer: Value = self.client.get(path).await?;
         print(&format!("{answer:#}\n"))
     }
 
     /// A request whose answer matters to programs only.
-    async fn order(&self, method: Method, path: &str, body: Option<Value>) -> Result<(), Failure> {
+    pub(super) async fn order(&self, method: Method, path: &str, body: Option<Value>) -> Result<(), Failure> {
         let answer = self.client.request(method, path, body.as_ref()).await?;
         match serde_json::from_slice::<Value>(&answer) {
             Ok(answer) if self.json => print(&format!("{answer:#}\n")),
@@ -168,7 +170,7 @@ impl Session {
                 print(&show::port(&port.switch, &found, self.colour))
             }
             PortCommand::Set(args) => {
-                let body = ports::port_change(&args)?;
+                let body = ports::port_change(&args.change)?;
                 self.order(Method::PATCH, &port_path(&args.port), Some(body)).await
             }
             PortCommand::Restart { port } => {

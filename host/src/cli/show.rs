@@ -6,6 +6,7 @@ use vswitch::report::FabricReport;
 
 use super::model::{Addresses, Port, Report, Switch, Version, reason_text};
 use super::table::{Cell, Ink, Table, percent, plain, short_count};
+use super::vm_show;
 
 /// A port's state in its colour.
 pub fn state_cell(port: &Port) -> Cell {
@@ -29,6 +30,9 @@ pub fn everything(version: &Version, socket: &str, report: &Report, colour: bool
     if report.switches.is_empty() {
         out.push_str("\nNo switches. `yard switch add NAME` makes one.\n");
     }
+    if !report.vms.is_empty() {
+        let _ = write!(out, "\n{}", vm_show::list(&report.vms, colour));
+    }
     out
 }
 
@@ -49,6 +53,7 @@ fn faults(report: &Report, colour: bool) -> String {
             rows.push((1, name, "error", Ink::Warn, error.clone()));
         }
     }
+    rows.extend(vm_show::attention(&report.vms));
     rows.sort_by_key(|&(gravity, ..)| gravity);
     let mut table = Table::new(&["ATTENTION", "", ""]);
     for (_, name, what, ink, text) in rows {

@@ -24,7 +24,7 @@ pub enum Source<'a> {
 }
 
 impl Source<'_> {
-    fn path(self, field: &Field<'_>) -> Option<PathBuf> {
+    pub(super) fn path(self, field: &Field<'_>) -> Option<PathBuf> {
         let path = Path::new(field.text("a path")?);
         match self {
             Self::File(directory) => Some(directory.join(path)),

@@ -1,12 +1,14 @@
 //! Mistakes that only show when all ports are seen together: two that want the same socket, device, file or address.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use vswitch::spec::{Attachment, PortSpec, TapSpec};
 
-use super::problem::Problems;
+use super::node::quoted;
+use super::problem::{Problems, suggestion};
 use super::switch::SwitchConfig;
+use crate::vm::spec::{NicSpec, VmSpec, port_name};
 
 /// A thing of the host that one port can have.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,9 +41,9 @@ fn claims(port: &PortSpec) -> Vec<(&'static str, Claim)> {
         }
         Attachment::Uplink { device, .. } => vec![("uplink.device", Claim::Device(device.clone()))],
         Attachment::Pcap { write: Some(path), .. } => vec![("pcap.write", Claim::Output(text(path)))],
-        Attachment::Pcap { write: None, .. }
-        | Attachment::Synthetic { .. }
-        | Attachment::Legacy { .. } => Vec::new(),
+        Attachment::Pcap { write: None, .. } | Attachment::Synthetic { .. } | Attachment::Legacy { .. } => {
+            Vec::new()
+        }
     }
 }
 
@@ -77,4 +79,58 @@ pub(super) fn check(
             }
         }
     }
+}
+
+/// Reports adapters without a switch, whose port's name is taken, or whose address another has. `line` finds the line of
+/// a VM's adapter.
+pub(super) fn check_vms(
+    vms: &[VmSpec],
+    switches: &[SwitchConfig],
+    line: impl Fn(&str, usize) -> Option<usize>,
+    problems: &Problems,
+) {
+    let mut ports = BTreeSet::new();
+    for (vm, index, nic) in nics(vms) {
+        let path = format!("vm.{}.nic[{index}]", vm.name);
+        let port = port_name(&vm.name, &nic.name);
+        let Some(switch) = switches.iter().find(|config| config.switch.name == nic.switch) else {
+            let names: Vec<_> = switches.iter().map(|config| config.switch.name.as_str()).collect();
+            let expected = match names.as_slice() {
+                [] => "a [switch.NAME] table".to_owned(),
+                names => format!("one of {}", names.join(", ")),
+            };
+            let near = suggestion(&nic.switch, names.iter().copied());
+            let message = format!("there is no switch {}, expected {expected}{near}", quoted(&nic.switch));
+            problems.add(line(&vm.name, index), format!("{path}.switch"), message);
+            continue;
+        };
+        let taken = switch.ports.iter().any(|other| other.name == port);
+        // Two VMs meet here if one is named `a` with an adapter `b.c`, the other `a.b` with an adapter `c`.
+        if taken || !ports.insert((nic.switch.clone(), port.clone())) {
+            let message = format!("switch {} has a port {port} already, expected another name", nic.switch);
+            problems.add(line(&vm.name, index), format!("{path}.name"), message);
+        }
+    }
+    check_addresses(vms, line, problems);
+}
+
+/// Reports station addresses that two adapters on one switch have.
+pub(super) fn check_addresses(
+    vms: &[VmSpec],
+    line: impl Fn(&str, usize) -> Option<usize>,
+    problems: &Problems,
+) {
+    let mut addresses = BTreeMap::new();
+    for (vm, index, nic) in nics(vms) {
+        let own = port_name(&vm.name, &nic.name);
+        let key = (nic.switch.as_str(), nic.mac.as_str(), format!("{:?}", nic.vlan));
+        if let Some(other) = addresses.insert(key, own) {
+            let message = format!("{} is the address of {other} already, expected another", nic.mac);
+            problems.add(line(&vm.name, index), format!("vm.{}.nic[{index}].mac", vm.name), message);
+        }
+    }
+}
+
+fn nics(vms: &[VmSpec]) -> impl Iterator<Item = (&VmSpec, usize, &NicSpec)> {
+    vms.iter().flat_map(|vm| vm.nics.iter().enumerate().map(move |(index, nic)| (vm, index, nic)))
 }

@@ -15,6 +15,7 @@ pub mod reference;
 mod switch;
 #[cfg(test)]
 mod tests;
+mod vm;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,6 +24,8 @@ use vmq::Mac;
 use vmq::filter::MAX_VLAN;
 use vswitch::fabric::{PortChange, WorkersSpec};
 use vswitch::spec::{PortSpec, SwitchKind};
+
+use crate::vm::spec::{NicSpec, VmChange, VmSpec};
 
 use attach::{Source, socket_path};
 use field::{Field, Section};
@@ -46,7 +49,7 @@ const MAX_CPU: i128 = 8191;
 /// Range of `workers.idle` in microseconds.
 const IDLE: std::ops::RangeInclusive<i128> = 0..=1_000_000;
 
-const FILE_KEYS: &[&str] = &["workers", "api", "switch"];
+const FILE_KEYS: &[&str] = &["workers", "api", "switch", "vm"];
 const WORKERS_KEYS: &[&str] = &["cpus", "idle", "balance"];
 const API_KEYS: &[&str] = &["socket"];
 
@@ -59,6 +62,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Switches in the order of the file.
     pub switches: Vec<SwitchConfig>,
+    /// Virtual machines in the order of the file.
+    pub vms: Vec<VmSpec>,
 }
 
 /// What of the host the configuration is checked against.
@@ -90,6 +95,13 @@ impl Machine {
 /// # Errors
 /// Every mistake in it; or the one reason why it cannot be read.
 pub fn load(path: &Path, machine: &Machine) -> Result<Config, ConfigError> {
+    let (name, text) = read_text(path)?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    parse(&name, &text, directory, machine)
+}
+
+/// A file's name for errors, and its text.
+fn read_text(path: &Path) -> Result<(String, String), ConfigError> {
     use std::io::Read;
     let name = path.display().to_string();
     let unreadable = |reason: String| ConfigError {
@@ -107,8 +119,7 @@ pub fn load(path: &Path, machine: &Machine) -> Result<Config, ConfigError> {
     let text = String::from_utf8(bytes).map_err(|error| {
         unreadable(format!("is not UTF-8 at byte {}, expected a text", error.utf8_error().valid_up_to()))
     })?;
-    let directory = path.parent().unwrap_or(Path::new(""));
-    parse(&name, &text, directory, machine)
+    Ok((name, text))
 }
 
 /// Reads a configuration's text; `file` is its name in errors, relative paths are taken from `directory`.
@@ -140,6 +151,12 @@ fn whole(root: &Section<'_>, source: Source<'_>, machine: &Machine, problems: &P
         let cpus = workers.as_ref().map_or(&machine.cpus, |workers| &workers.cpus);
         switches.extend(section.and_then(|section| switch::switch(name, &section, cpus, source)));
     }
+    let machines = root.get("vm").map(|field| field.entries("a table of virtual machines by name"));
+    let machines = machines.flatten();
+    let around = vm::Surroundings { cpus: &machine.cpus, source };
+    let vms =
+        machines.iter().flat_map(Section::fields).filter_map(|(name, field)| named_vm(name, &field, around));
+    let vms: Vec<_> = vms.collect();
     let socket = socket?.unwrap_or_else(|| DEFAULT_SOCKET.into());
     let line = |switch: &str, port: &str| {
         let switch = table.as_ref()?.get(switch)?;
@@ -147,7 +164,20 @@ fn whole(root: &Section<'_>, source: Source<'_>, machine: &Machine, problems: &P
         named.map_or(switch.node.line, |port| port.node.line)
     };
     conflicts::check(&switches, &socket, line, problems);
-    Some(Config { workers: workers?, socket, switches })
+    let nic = |vm: &str, index: usize| {
+        let nics = machines.as_ref()?.get(vm)?.entries("")?.get("nic")?.items("")?;
+        nics.get(index).and_then(|nic| nic.node.line)
+    };
+    conflicts::check_vms(&vms, &switches, nic, problems);
+    Some(Config { workers: workers?, socket, switches, vms })
+}
+
+/// A VM under its name.
+fn named_vm(name: &str, field: &Field<'_>, around: vm::Surroundings<'_>) -> Option<VmSpec> {
+    if let Err(message) = check_name(name) {
+        field.refuse::<()>(message);
+    }
+    vm::vm(name, &field.section(vm::VM_KEYS)?, around)
 }
 
 fn workers(field: Option<&Field<'_>>, machine: &Machine) -> Option<WorkersSpec> {
@@ -261,6 +291,93 @@ pub fn change_request(json: serde_json::Value) -> Result<PortChange, ConfigError
         if refused { None } else { root.section(port::CHANGE_KEYS).map(|section| port::change(&section)) }
     });
     problems.finish(None, change)
+}
+
+/// Reads a request for a VM: the table's grammar with a `name`, on a host with the processors `cpus`.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn vm_request(json: serde_json::Value, cpus: &[usize]) -> Result<VmSpec, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let keys = [&["name"], vm::VM_KEYS].concat();
+    let root = Field::root(&tree, &problems).section(&keys);
+    let spec = root.and_then(|section| {
+        let name = request_name(&section);
+        let around = vm::Surroundings { cpus, source: Source::Request };
+        let spec = vm::vm(name.unwrap_or("vm"), &section, around);
+        name.and(spec)
+    });
+    if let Some(spec) = &spec {
+        conflicts::check_addresses(std::slice::from_ref(spec), |_, _| None, &problems);
+    }
+    problems.finish(None, spec)
+}
+
+/// Reads a request for an adapter of `vm`: an item of the table's `nic`.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn nic_request(json: serde_json::Value, vm: &str) -> Result<NicSpec, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let nic = vm::nic(vm, &Field::root(&tree, &problems));
+    problems.finish(None, nic)
+}
+
+/// Reads a request to change a VM while it lives.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn vm_change_request(json: serde_json::Value) -> Result<VmChange, ConfigError> {
+    let problems = Problems::default();
+    let tree = Node::from_json(json);
+    let root = Field::root(&tree, &problems);
+    let fixed = |key: &&str| vm::VM_KEYS.contains(key) && !vm::CHANGE_KEYS.contains(key);
+    let change = root.entries("a table of what is to change").and_then(|entries| {
+        let mut refused = false;
+        for (_, field) in entries.fields().filter(|(key, _)| fixed(key)) {
+            refused = true;
+            field.refuse::<()>(
+                "cannot change while the VM is defined, expected to delete it and define it again",
+            );
+        }
+        if refused { None } else { root.section(vm::CHANGE_KEYS).and_then(|section| vm::change(&section)) }
+    });
+    problems.finish(None, change)
+}
+
+/// Reads the VMs of a file that defines nothing else, each as the request that defines it. Paths become absolute.
+///
+/// # Errors
+/// Every mistake in it; or the one reason why it cannot be read.
+pub fn vm_definitions(path: &Path, machine: &Machine) -> Result<Vec<serde_json::Value>, ConfigError> {
+    let directory = std::path::absolute(path).ok();
+    let directory = directory.as_deref().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let (name, text) = read_text(path)?;
+    let problems = Problems::default();
+    let tree = Node::from_toml(&text)
+        .map_err(|problem| ConfigError { file: Some(name.clone()), problems: vec![problem] })?;
+    let root = Field::root(&tree, &problems).section(&["vm"]);
+    let requests = root.and_then(|root| {
+        let machines =
+            root.require("vm", "[vm.NAME] tables")?.entries("a table of virtual machines by name")?;
+        let around = vm::Surroundings { cpus: &machine.cpus, source: Source::File(directory) };
+        let read = machines.fields().map(|(name, field)| {
+            let spec = named_vm(name, &field, around)?;
+            let mut request = field.node.to_json();
+            let object = request.as_object_mut()?;
+            object.insert("name".into(), name.into());
+            object.insert("kernel".into(), spec.kernel.to_str()?.into());
+            if let Some(initrd) = &spec.initrd {
+                object.insert("initrd".into(), initrd.to_str()?.into());
+            }
+            Some(request)
+        });
+        // All are read before the first mistake counts.
+        read.collect::<Vec<_>>().into_iter().collect()
+    });
+    problems.finish(Some(&name), requests)
 }
 
 /// Reads a request to pin a queue: `{"cpu": N}`, or `{"cpu": null}` to leave it to the placement.

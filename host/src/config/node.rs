@@ -61,6 +61,21 @@ impl Node {
         Self { line: None, value }
     }
 
+    /// The JSON document that reads as the same tree.
+    pub fn to_json(&self) -> serde_json::Value {
+        use serde_json::Value as Json;
+        match &self.value {
+            Value::Null => Json::Null,
+            Value::Bool(value) => (*value).into(),
+            Value::Integer(value) => serde_json::Number::from_i128(*value).map_or(Json::Null, Json::Number),
+            Value::Text(text) | Value::Other(text) => text.as_str().into(),
+            Value::List(items) => items.iter().map(Self::to_json).collect(),
+            Value::Table(entries) => {
+                Json::Object(entries.iter().map(|(key, item)| (key.clone(), item.to_json())).collect())
+            }
+        }
+    }
+
     /// The value in a few words, for an error.
     pub fn found(&self) -> String {
         match &self.value {

@@ -7,7 +7,8 @@ use vmq::filter::{MAX_FILTERS, MAX_VLAN};
 use vmq::rss::MIN_KEY_LEN;
 use vswitch::fabric::PortChange;
 use vswitch::spec::{
-    Attachment, Pace, PortSpec, RssSpec, StaticAddress, SwitchKind, SwitchSpec, VlanMode, VmqSpec,
+    Attachment, Pace, PortSpec, PrivateVlan, RssSpec, StaticAddress, SwitchKind, SwitchSpec, VlanMode,
+    VmqSpec,
 };
 
 use super::attach::{Source, attachment};
@@ -23,6 +24,7 @@ pub(super) const PORT_KEYS: &[&str] = &[
     "mac",
     "security",
     "vlan",
+    "private",
     "addresses",
     "offloads",
     "coalesce",
@@ -93,6 +95,7 @@ fn read_plain(section: &Section<'_>, spec: &mut PortSpec) {
         spec.mtu = mtu;
     }
     spec.mac = section.get("mac").and_then(|field| field.mac());
+    spec.private = section.get("private").and_then(|field| private(&field));
     if let Some(offloads) = section.get("offloads").and_then(|field| field.boolean()) {
         spec.offloads = offloads;
     }
@@ -119,7 +122,7 @@ pub(super) fn change(section: &Section<'_>) -> PortChange {
 /// Keys of [`change`].
 pub(super) const CHANGE_KEYS: &[&str] = &["mtu", "vlan", "security", "coalesce"];
 
-fn mtu(field: &Field<'_>) -> Option<u16> {
+pub(super) fn mtu(field: &Field<'_>) -> Option<u16> {
     field.integer(i128::from(PortSpec::MIN_MTU)..=i128::from(PortSpec::MAX_MTU))
 }
 
@@ -132,7 +135,7 @@ fn security(field: &Field<'_>) -> Option<(bool, Option<u32>)> {
 
 /// A number, or `"none"`.
 #[expect(clippy::option_option, reason = "the outer one says whether the value could be read")]
-fn address_limit(field: &Field<'_>) -> Option<Option<u32>> {
+pub(super) fn address_limit(field: &Field<'_>) -> Option<Option<u32>> {
     match &field.node.value {
         Value::Text(text) if text == "none" => Some(None),
         Value::Integer(_) => field.integer(1..=SwitchSpec::MAX_ADDRESSES as i128).map(Some),
@@ -140,7 +143,7 @@ fn address_limit(field: &Field<'_>) -> Option<Option<u32>> {
     }
 }
 
-fn vlan(field: &Field<'_>) -> Option<VlanMode> {
+pub(super) fn vlan(field: &Field<'_>) -> Option<VlanMode> {
     const EXPECTED: &str = "\"passthrough\", { access = VLAN } or { trunk = VLANS, native = VLAN }";
     match &field.node.value {
         Value::Text(text) if text == "passthrough" => return Some(VlanMode::Passthrough),
@@ -158,6 +161,15 @@ fn vlan(field: &Field<'_>) -> Option<VlanMode> {
             Some(VlanMode::Trunk { members, native: native? })
         }
         _ => field.refuse(format!("found another mixture of keys, expected {EXPECTED}")),
+    }
+}
+
+/// A place in a private VLAN: `"isolated"`, or the number of a community.
+pub(super) fn private(field: &Field<'_>) -> Option<PrivateVlan> {
+    match &field.node.value {
+        Value::Text(text) if text == "isolated" => Some(PrivateVlan::Isolated),
+        Value::Integer(_) => field.integer(1..=i128::from(u16::MAX)).map(PrivateVlan::Community),
+        _ => field.unexpected("\"isolated\" or the number of a community from 1 to 65535"),
     }
 }
 

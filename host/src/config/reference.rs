@@ -219,6 +219,12 @@ pub const GROUPS: &[Group] = &[
                 "With `trunk`: the VLAN of untagged frames.",
             ),
             key(
+                "switch.NAME.port.PORT.private",
+                "\"isolated\", or the number of a community from 1 to 65535",
+                "none: it meets all ports of its VLANs",
+                "Place in a private VLAN. An isolated port meets only ports without a place, one of a community those and its own community.",
+            ),
+            key(
                 "switch.NAME.port.PORT.addresses[].mac",
                 "MAC address of a station",
                 "required",
@@ -280,6 +286,178 @@ pub const GROUPS: &[Group] = &[
             ),
         ],
     },
+    Group {
+        table: "[vm.NAME]",
+        text: "A virtual machine. Names are as for switches. A VM goes on when the daemon ends, and is taken back by the next one; \
+               a definition that has changed meanwhile is taken by the VM's next start.",
+        keys: &[
+            key(
+                "vm.NAME.memory",
+                "size such as \"512M\", or the table below",
+                "required",
+                "Memory; units are K, M, G and T. A size alone does not change while the VM runs.",
+            ),
+            key(
+                "vm.NAME.memory.startup",
+                "\"32M\" to \"16T\", multiple of \"2M\"",
+                "required",
+                "Memory at the start, if `memory` is a table.",
+            ),
+            key(
+                "vm.NAME.memory.minimum",
+                "as `startup`, at most that",
+                "`startup`",
+                "How far dynamic memory may shrink the guest.",
+            ),
+            key(
+                "vm.NAME.memory.maximum",
+                "as `startup`, at least that",
+                "`startup`",
+                "How far dynamic memory may grow the guest.",
+            ),
+            key(
+                "vm.NAME.memory.huge",
+                "true, false",
+                "false",
+                "Back it with the host's huge pages (2 MiB, from the pool).",
+            ),
+            key("vm.NAME.vcpus", "1 to 64", "1", "Virtual processors."),
+            key(
+                "vm.NAME.kernel",
+                "path",
+                "required",
+                "Linux kernel to boot, a bzImage; opened by the daemon at each start.",
+            ),
+            key("vm.NAME.initrd", "path", "none", "Initial RAM file system; likewise."),
+            key("vm.NAME.cmdline", "text, at most 2047 bytes", "\"console=ttyS0\"", "Kernel command line."),
+            key(
+                "vm.NAME.cpu.reserve",
+                "0 to 100 percent",
+                "0",
+                "Part of its virtual processors that the VM gets even when all want more: a floor under its weight, on a scale on which 10000 is the whole host. Reserves of running VMs together are at most the host.",
+            ),
+            key(
+                "vm.NAME.cpu.limit",
+                "1 to 100 percent",
+                "100",
+                "Part of its virtual processors that the VM gets at most (`cpu.max` of its control group).",
+            ),
+            key(
+                "vm.NAME.cpu.weight",
+                "1 to 10000",
+                "100",
+                "Its part of what is scarce, against the weights of others (`cpu.weight`).",
+            ),
+            key(
+                "vm.NAME.cpu.pin",
+                "list of processors, one for each of `vcpus`",
+                "left to the scheduler",
+                "Host processor of each virtual one.",
+            ),
+            key(
+                "vm.NAME.cpu.baseline",
+                "\"x86-64-v2\", \"x86-64-v3\", \"x86-64-v4\"",
+                "all that the host has",
+                "Processor that the guest sees, so that the VM can move between unlike hosts.",
+            ),
+            key(
+                "vm.NAME.services.heartbeat",
+                "true, false",
+                "true",
+                "Integration service: is the guest alive?",
+            ),
+            key("vm.NAME.services.shutdown", "true, false", "true", "Integration service: orderly shutdown."),
+            key(
+                "vm.NAME.services.time-sync",
+                "true, false",
+                "true",
+                "Integration service: the guest's clock.",
+            ),
+            key("vm.NAME.services.kvp", "true, false", "true", "Integration service: data exchange."),
+            key(
+                "vm.NAME.services.vss",
+                "true, false",
+                "true",
+                "Integration service: freeze and thaw for backups.",
+            ),
+            key(
+                "vm.NAME.services.dynamic-memory",
+                "true, false",
+                "true",
+                "Integration service: balloon and hot add.",
+            ),
+            key(
+                "vm.NAME.restart",
+                "\"never\", \"on-crash\", \"always\"",
+                "\"on-crash\"",
+                "When it is started again by itself: on-crash if its worker died or its guest crashed, always also if its guest switched itself off. The first time after 1 second, then after twice as long each, up to 60 seconds, until a run lasts 60 seconds.",
+            ),
+            key(
+                "vm.NAME.autostart",
+                "true, false",
+                "false",
+                "Start it with the daemon, unless it runs already.",
+            ),
+        ],
+    },
+    Group {
+        table: "[[vm.NAME.nic]]",
+        text: "An adapter of a VM, and a port of a switch; at most 32. The guest sees them in the order of the file.",
+        keys: &[
+            key(
+                "vm.NAME.nic[].name",
+                "as for VMs",
+                "required",
+                "Name; the switch's port is named VM.NIC, at most 32 bytes.",
+            ),
+            key(
+                "vm.NAME.nic[].switch",
+                "name of a switch",
+                "required",
+                "Switch that the adapter is a port of.",
+            ),
+            key(
+                "vm.NAME.nic[].type",
+                "\"synthetic\", \"legacy\"",
+                "\"synthetic\"",
+                "What the guest sees: a VMBus adapter (hv_netvsc), or an emulated 82540EM (e1000), which can only be there from the start.",
+            ),
+            key(
+                "vm.NAME.nic[].mac",
+                "MAC address of a station",
+                "made of the names",
+                "Station address; the default is locally administered and the same after every restart.",
+            ),
+            key("vm.NAME.nic[].vlan", "as `vlan` of a port", "\"passthrough\"", "VLANs."),
+            key("vm.NAME.nic[].private", "as `private` of a port", "none", "Place in a private VLAN."),
+            key(
+                "vm.NAME.nic[].queues",
+                "1 to 64",
+                "1",
+                "Channels that the guest may use; 1 for a legacy adapter.",
+            ),
+            key("vm.NAME.nic[].mtu", "68 to 9216 bytes", "1500", "Longest IP packet."),
+            key(
+                "vm.NAME.nic[].mac-spoofing",
+                "true, false",
+                "false",
+                "Allow other source addresses than `mac`.",
+            ),
+            key(
+                "vm.NAME.nic[].address-limit",
+                "1 to 1048576, \"none\"",
+                "\"none\"",
+                "Most addresses that are learnt on the port.",
+            ),
+            key("vm.NAME.nic[].offloads", "true, false", "true", "Offer checksum and segmentation offloads."),
+            key(
+                "vm.NAME.nic[].coalesce",
+                "true, false",
+                "true",
+                "Merge TCP segments for a guest that takes large frames.",
+            ),
+        ],
+    },
 ];
 
 /// The reference as Markdown.
@@ -288,7 +466,8 @@ pub fn markdown() -> String {
         "# Configuration\n\n\
          `yardd --config switchyard.toml` reads one TOML file; `yardd --check --config switchyard.toml` only checks it.\n\
          Every mistake is reported at once, each with file, line, key, what was found and what was expected. A key that is\n\
-         not listed here is a mistake. `examples/switchyard.toml` is a commented example.\n",
+         not listed here is a mistake. `examples/switchyard.toml` is a commented example, `examples/vm.toml`\n\
+         one with virtual machines.\n",
     );
     for group in GROUPS {
         let _ = write!(
@@ -306,14 +485,14 @@ pub fn markdown() -> String {
 
 /// The path of a key inside its table.
 pub fn short(path: &str) -> &str {
-    let tables = ["switch.NAME.port.PORT.", "switch.NAME.", "workers.", "api."];
+    let tables = ["switch.NAME.port.PORT.", "switch.NAME.", "vm.NAME.nic[].", "vm.NAME.", "workers.", "api."];
     tables.iter().find_map(|table| path.strip_prefix(table)).unwrap_or(path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{API_KEYS, FILE_KEYS, WORKERS_KEYS, attach, port, switch};
+    use crate::config::{API_KEYS, FILE_KEYS, WORKERS_KEYS, attach, port, switch, vm};
 
     /// The paths that the readers know, from their own lists.
     fn known() -> Vec<String> {
@@ -325,6 +504,7 @@ mod tests {
             paths.extend(match *table {
                 "workers" => under("workers.", WORKERS_KEYS),
                 "api" => under("api.", API_KEYS),
+                "vm" => vm_keys(),
                 _ => under("switch.NAME.", switch::SWITCH_KEYS),
             });
         }
@@ -351,6 +531,22 @@ mod tests {
         }
         paths.retain(|path| path != "switch.NAME.port");
         paths
+    }
+
+    fn vm_keys() -> Vec<String> {
+        let under =
+            |table: &str, keys: &[&str]| keys.iter().map(|key| format!("vm.NAME.{table}.{key}")).collect();
+        let of = |key: &&str| -> Vec<String> {
+            let own = format!("vm.NAME.{key}");
+            match *key {
+                "memory" => [vec![own], under("memory", vm::MEMORY_KEYS)].concat(),
+                "cpu" => under("cpu", vm::CPU_KEYS),
+                "services" => under("services", vm::SERVICE_KEYS),
+                "nic" => under("nic[]", vm::NIC_KEYS),
+                _ => vec![own],
+            }
+        };
+        vm::VM_KEYS.iter().flat_map(of).collect()
     }
 
     #[test]

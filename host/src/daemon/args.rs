@@ -24,6 +24,9 @@ pub struct Yardd {
     /// Play the configuration's pcap ports in virtual time, print the outcome and end: same files in, same bytes out
     #[arg(long)]
     pub offline: bool,
+    /// Program that runs a VM [default: yard-worker beside yardd, or in $PATH]
+    #[arg(long, value_name = "FILE")]
+    pub worker: Option<PathBuf>,
     /// What to log to standard error: error, warn, info, debug, trace, or a filter such as vswitch=debug
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log: String,

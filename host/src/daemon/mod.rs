@@ -5,7 +5,7 @@ mod notify;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -22,6 +22,8 @@ use self::notify::notify;
 use crate::api::{Api, Limits, Listener, serve};
 use crate::cli::{colour, offline_table};
 use crate::config::{Config, Machine, load};
+use crate::vm::spec::VmSpec;
+use crate::vm::{Cgroups, Launcher, Manager, Patience, Reserves, Settings, Wiring};
 
 /// Runs `yardd` with the words of its command line; returns the exit status.
 pub fn main(words: impl IntoIterator<Item = OsString>) -> u8 {
@@ -48,7 +50,7 @@ pub fn main(words: impl IntoIterator<Item = OsString>) -> u8 {
     let outcome = match (args.check, args.offline) {
         (true, _) => check(&args.config, &config),
         (_, true) => offline(config),
-        _ => run(config),
+        _ => run(config, args.worker),
     };
     match outcome {
         Ok(()) => 0,
@@ -73,7 +75,11 @@ fn log(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
 fn check(file: &Path, config: &Config) -> anyhow::Result<()> {
     let ports: usize = config.switches.iter().map(|switch| switch.ports.len()).sum();
     let switches = config.switches.len();
-    writeln!(io::stdout(), "{}: good: {switches} switches, {ports} ports", file.display())?;
+    let vms = match config.vms.len() {
+        0 => String::new(),
+        count => format!(", {count} virtual machines"),
+    };
+    writeln!(io::stdout(), "{}: good: {switches} switches, {ports} ports{vms}", file.display())?;
     Ok(())
 }
 
@@ -84,7 +90,7 @@ fn offline(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(config: Config) -> anyhow::Result<()> {
+fn run(config: Config, worker: Option<PathBuf>) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -92,7 +98,7 @@ fn run(config: Config) -> anyhow::Result<()> {
         .thread_name("control")
         .build()
         .context("the control plane cannot start")?;
-    runtime.block_on(life(config))
+    runtime.block_on(life(config, worker))
 }
 
 /// Every port takes descriptors, and the usual soft limit of 1024 is for programs that use select(2).
@@ -104,7 +110,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn life(config: Config) -> anyhow::Result<()> {
+async fn life(mut config: Config, worker: Option<PathBuf>) -> anyhow::Result<()> {
     // From here on signals end the daemon in good order, also while it starts.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -112,6 +118,8 @@ async fn life(config: Config) -> anyhow::Result<()> {
     // The socket comes first: a second daemon must not touch the devices of the first.
     let listener = Listener::bind(&config.socket)?;
     let fabric = Fabric::start(config.workers.clone()).context("the switch cannot start")?;
+    let vms = Arc::new(machines(&config, worker, &fabric));
+    let configured = std::mem::take(&mut config.vms);
     let applied = {
         let fabric = Arc::clone(&fabric);
         tokio::task::spawn_blocking(move || apply(&fabric, config)).await?
@@ -120,10 +128,12 @@ async fn life(config: Config) -> anyhow::Result<()> {
         end(fabric).await?;
         return Err(error);
     }
+    begin(&vms, configured).await?;
     tracing::info!("serving at {}", listener.path().display());
     let (stop, stopped) = watch::channel(false);
     let backend = Arc::clone(&fabric);
-    let server = tokio::spawn(serve(listener, Api::new(backend, Limits::default()), stopped));
+    let server =
+        tokio::spawn(serve(listener, Api::new(backend, Arc::clone(&vms), Limits::default()), stopped));
     notify("READY=1");
     let cause = loop {
         tokio::select! {
@@ -138,7 +148,34 @@ async fn life(config: Config) -> anyhow::Result<()> {
     notify("STOPPING=1");
     let _ = stop.send(true);
     server.await?;
+    // The VMs go on; whoever comes next takes them back.
+    tokio::task::spawn_blocking(move || vms.end()).await?;
     end(fabric).await
+}
+
+/// The virtual machines: their directories lie beside the API's socket.
+fn machines(config: &Config, worker: Option<PathBuf>, fabric: &Arc<Fabric>) -> Manager {
+    let beside = config.socket.parent().unwrap_or(Path::new("/"));
+    let mut launcher = Launcher::installed();
+    launcher.program = worker.unwrap_or(launcher.program);
+    Manager::new(Settings {
+        root: std::path::absolute(beside).unwrap_or_else(|_| beside.to_owned()).join("vm"),
+        launcher,
+        network: Arc::new(Wiring::new(Arc::clone(fabric))),
+        cgroups: Cgroups::of_this_host(),
+        cpus: Machine::this().cpus.len(),
+        patience: Patience::default(),
+        reserves: Reserves::default(),
+    })
+}
+
+/// Takes back the VMs that run, and starts those that start with the daemon. One that cannot keeps no other from it.
+async fn begin(vms: &Arc<Manager>, configured: Vec<VmSpec>) -> anyhow::Result<()> {
+    let vms = Arc::clone(vms);
+    for problem in tokio::task::spawn_blocking(move || vms.begin(configured)).await? {
+        tracing::error!("{problem}");
+    }
+    Ok(())
 }
 
 async fn end(fabric: Arc<Fabric>) -> anyhow::Result<()> {

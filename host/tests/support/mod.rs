@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod played;
+
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,7 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use self::played::FakeNetwork;
 use host::api::{Api, Backend, Limits, Listener, Outcome, Recording, serve};
+use host::vm::Manager;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -105,6 +109,8 @@ fn port_report(spec: &PortSpec) -> PortReport {
         Attachment::Tap { queues, .. } => ("tap", "device".into(), *queues),
         Attachment::Uplink { device, queues } => ("uplink", device.clone(), *queues),
         Attachment::Pcap { .. } => ("pcap", "file".into(), 1),
+        Attachment::Synthetic { queues, .. } => ("synthetic", "adapter".into(), *queues),
+        Attachment::Legacy { .. } => ("legacy", "adapter".into(), 1),
     };
     let queue = |queue| QueueReport {
         queue,
@@ -273,6 +279,8 @@ impl Recording for FakeRecording {
 pub struct Server {
     pub dir: TempDir,
     pub socket: PathBuf,
+    pub vms: Arc<Manager>,
+    pub network: Arc<FakeNetwork>,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -283,17 +291,19 @@ impl Server {
         let socket = dir.path().join("run/yardd.sock");
         let (stop, stopped) = watch::channel(false);
         let (ready, waiting) = std::sync::mpsc::channel();
-        let path = socket.clone();
+        let network = Arc::new(FakeNetwork::default());
+        let vms = Arc::new(played::manager(dir.path(), Arc::clone(&network)));
+        let (path, machines) = (socket.clone(), Arc::clone(&vms));
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = Listener::bind(&path).unwrap();
                 ready.send(()).unwrap();
-                serve(listener, Api::new(backend, limits), stopped).await;
+                serve(listener, Api::new(backend, machines, limits), stopped).await;
             });
         });
         waiting.recv().unwrap();
-        Self { dir, socket, stop, thread: Some(thread) }
+        Self { dir, socket, vms, network, stop, thread: Some(thread) }
     }
 
     /// Ends it, and waits until it has.
@@ -315,6 +325,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        for vm in self.vms.list() {
+            let _ = self.vms.stop(&vm.name);
+        }
         self.end();
     }
 }

@@ -13,8 +13,10 @@
 mod copy;
 mod dirty;
 mod mapping;
+mod pages;
 mod segment;
 mod sigbus;
+mod word;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,7 +25,9 @@ pub use copy::prefetch;
 pub(crate) use copy::prefetch_write;
 pub use dirty::{DirtyLog, PAGE};
 pub use mapping::{Mapping, MappingError};
+pub use pages::{MAX_PAGES, Pages, PagesError};
 pub use segment::{Next, Room, Segment};
+pub use word::SharedWord;
 
 /// One contiguous range of guest-physical addresses backed by a mapping.
 #[derive(Debug, Clone)]

@@ -7,6 +7,7 @@ mod generator;
 mod guests;
 mod machine;
 mod namespaces;
+mod nic;
 mod peers;
 mod plan;
 mod scale;
@@ -61,6 +62,8 @@ enum What {
     Guests,
     /// Two namespaces over TAP: Linux bridge with veth, OVS userspace, yardd.
     Tap,
+    /// One guest's card, guest to host, in the nested host: QEMU's virtio-net with and without vhost-net, and e1000.
+    Nic,
     /// Many silent ports, many addresses, learning.
     Scale,
     /// What waking from sleep adds to a ping.
@@ -72,8 +75,16 @@ enum What {
 }
 
 impl What {
-    const EACH: [Self; 7] =
-        [Self::Vhost, Self::Generator, Self::Guests, Self::Tap, Self::Scale, Self::Wake, Self::Micro];
+    const EACH: [Self; 8] = [
+        Self::Vhost,
+        Self::Generator,
+        Self::Guests,
+        Self::Tap,
+        Self::Nic,
+        Self::Scale,
+        Self::Wake,
+        Self::Micro,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -81,6 +92,7 @@ impl What {
             Self::Generator => "generator",
             Self::Guests => "guests",
             Self::Tap => "tap",
+            Self::Nic => "nic",
             Self::Scale => "scale",
             Self::Wake => "wake",
             Self::Micro => "micro",
@@ -93,6 +105,7 @@ impl What {
             Self::Vhost | Self::Generator => &[setup::TESTPMD, setup::OVS],
             Self::Guests => &[setup::GUESTS, setup::OVS],
             Self::Tap => &[setup::NETWORK, setup::OVS],
+            Self::Nic => &[setup::NESTED],
             Self::Wake => &[setup::NETWORK],
             Self::Scale | Self::Micro => &[],
             Self::All => return setup::all_packages(),
@@ -107,6 +120,7 @@ impl What {
             Self::Generator => &[Need::Root, Need::Processors(2), Need::HugePages(832)],
             Self::Guests => &[Need::Root, Need::Processors(2), Need::HugePages(512)],
             Self::Tap | Self::Wake => &[Need::Root, Need::Processors(2), Need::Tap, Need::Namespaces],
+            Self::Nic => &[Need::Processors(2)],
             Self::Scale => &[Need::Root, Need::Processors(2), Need::HugePages(16)],
             Self::Micro | Self::All => &[],
         }
@@ -134,6 +148,7 @@ fn run_one(options: &Options, what: What) -> Result<()> {
     setup::ensure(&what.packages())?;
     let programs = match &options.programs {
         Some(folder) => std::path::absolute(folder)?,
+        None if what == What::Nic => build::release_for_nested()?,
         None => build::release()?,
     };
     // Held to the end: nothing else of the lab may run beside a measurement.
@@ -149,6 +164,7 @@ fn run_one(options: &Options, what: What) -> Result<()> {
         What::Generator => generator::run(&plan, options.packed, &options.frames, &mut report)?,
         What::Guests => guests::run(&plan, &mut report)?,
         What::Tap => tap::run(&plan, &mut report)?,
+        What::Nic => nic::run(&plan, &mut report)?,
         What::Scale => scale::run(&plan, &mut report)?,
         What::Wake => wake::run(&plan, &mut report)?,
         What::Micro | What::All => {}

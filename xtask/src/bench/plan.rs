@@ -105,9 +105,10 @@ impl Plan {
         peer.thaw()?;
         std::thread::sleep(SETTLE);
         let value = measure(peer);
-        // Frozen also after a failure, or it would disturb what is measured next.
-        peer.freeze()?;
+        // Frozen also after a failure, or it would disturb what is measured next; the failure is what counts.
+        let frozen = peer.freeze();
         let value = value?;
+        frozen?;
         ensure!(value.is_finite() && value > 0.0, "{value} was measured: nothing went through");
         Ok(value)
     }

@@ -1,0 +1,189 @@
+//! A control group (v2) for each VM: its weight and its limit. They lie in a group of their own below the hierarchy's root,
+//! not in that of the daemon's service: a service manager that ends all of a service's group leaves the VMs alone.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::spec::{CpuSpec, VmSpec};
+
+/// Group of all VMs.
+const GROUP: &str = "switchyard";
+/// Period of a limit in microseconds, the kernel's default.
+const PERIOD: u64 = 100_000;
+
+/// The host's hierarchy, or why there is none to use.
+#[derive(Debug, Clone)]
+pub struct Cgroups(Result<PathBuf, String>);
+
+/// The group of one VM.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroups {
+    /// The hierarchy that this host has mounted, with the processor controller at hand.
+    pub fn of_this_host() -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        match mount(&mounts) {
+            Some(root) => Self::below(Path::new(root)),
+            None => Self(Err("no cgroup v2 is mounted".into())),
+        }
+    }
+
+    /// The hierarchy whose root is at `root`.
+    pub fn below(root: &Path) -> Self {
+        Self(prepare(root).map_err(|error| format!("{}: {error}", root.display())))
+    }
+
+    /// None, for the reason given.
+    pub fn none(reason: impl Into<String>) -> Self {
+        Self(Err(reason.into()))
+    }
+
+    /// Makes the group of VM `name`, or takes the one that is there.
+    ///
+    /// # Errors
+    /// Why it has none, in words for the operator.
+    pub fn group(&self, name: &str) -> Result<Cgroup, String> {
+        let path = self.0.clone()?.join(name);
+        match std::fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(format!("{}: {error}", path.display()))
+            }
+            _ => Ok(Cgroup { path }),
+        }
+    }
+}
+
+/// Where the first cgroup2 of `/proc/self/mounts` is.
+fn mount(mounts: &str) -> Option<&str> {
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (path, kind) = (fields.nth(1)?, fields.next()?);
+        (kind == "cgroup2").then_some(path)
+    })
+}
+
+/// Has the controller handed down to the group of all VMs.
+fn prepare(root: &Path) -> io::Result<PathBuf> {
+    let offered = std::fs::read_to_string(root.join("cgroup.controllers"))?;
+    if !offered.split_whitespace().any(|controller| controller == "cpu") {
+        return Err(io::Error::other("the cpu controller is not offered (does cgroup v1 hold it?)"));
+    }
+    let group = root.join(GROUP);
+    match std::fs::create_dir(&group) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    for parent in [root, &group] {
+        let control = parent.join("cgroup.subtree_control");
+        let enabled = std::fs::read_to_string(&control).unwrap_or_default();
+        if !enabled.split_whitespace().any(|controller| controller == "cpu") {
+            std::fs::write(&control, "+cpu")?;
+        }
+    }
+    Ok(group)
+}
+
+impl Cgroup {
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Sets weight and limit of a VM on a host of `cpus` processors.
+    ///
+    /// # Errors
+    /// What the kernel refused, in words for the operator.
+    pub fn apply(&self, spec: &VmSpec, cpus: usize) -> Result<(), String> {
+        self.write("cpu.weight", &weight(spec, cpus).to_string())?;
+        self.write("cpu.max", &limit(spec))
+    }
+
+    /// Puts a process with all its threads into it.
+    pub fn enter(&self, pid: u32) -> Result<(), String> {
+        self.write("cgroup.procs", &pid.to_string())
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<(), String> {
+        let path = self.path.join(file);
+        std::fs::write(&path, value).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    /// Removes it; it must be empty.
+    pub fn remove(self) {
+        if let Err(error) = std::fs::remove_dir(&self.path) {
+            tracing::debug!("{}: {error}", self.path.display());
+        }
+    }
+}
+
+/// `cpu.weight`. The kernel knows weights, no reserves: a reserve is a floor under the weight, on a scale on which 10000 is
+/// the whole host. While all floors together are no more than the host, and VMs without a reserve have weights small
+/// against 10000, each gets at least about its reserve.
+fn weight(spec: &VmSpec, cpus: usize) -> u64 {
+    let host = 100 * u64::try_from(cpus.max(1)).unwrap_or(u64::MAX);
+    let reserved = u64::from(spec.cpu.reserve) * u64::from(spec.vcpus);
+    let floor = reserved.saturating_mul(u64::from(CpuSpec::MAX_WEIGHT)) / host;
+    u64::from(spec.cpu.weight).max(floor).clamp(1, u64::from(CpuSpec::MAX_WEIGHT))
+}
+
+/// `cpu.max`: microseconds in each period.
+fn limit(spec: &VmSpec) -> String {
+    match spec.cpu.limit {
+        100.. => format!("max {PERIOD}"),
+        percent => format!("{} {PERIOD}", u64::from(percent) * u64::from(spec.vcpus) * PERIOD / 100),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::spec;
+    use super::*;
+
+    /// What the kernel shows of a hierarchy, as plain files.
+    fn hierarchy(controllers: &str) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::write(root.path().join("cgroup.controllers"), controllers).unwrap();
+        root
+    }
+
+    #[test]
+    fn group_has_weight_limit_and_the_process() {
+        let root = hierarchy("cpuset cpu io\n");
+        let mut spec = spec("web");
+        (spec.vcpus, spec.cpu.limit, spec.cpu.weight) = (4, 50, 300);
+        let group = Cgroups::below(root.path()).group("web").unwrap();
+        group.apply(&spec, 8).unwrap();
+        group.enter(77).unwrap();
+        let read =
+            |file: &str| std::fs::read_to_string(root.path().join("switchyard/web").join(file)).unwrap();
+        assert_eq!((read("cpu.weight"), read("cpu.max")), ("300".into(), "200000 100000".into()));
+        assert_eq!(read("cgroup.procs"), "77");
+        let enabled = std::fs::read_to_string(root.path().join("switchyard/cgroup.subtree_control")).unwrap();
+        assert_eq!(enabled, "+cpu");
+    }
+
+    #[test]
+    fn reserve_is_a_floor_under_the_weight() {
+        let mut spec = spec("web");
+        (spec.vcpus, spec.cpu.reserve) = (2, 50);
+        assert_eq!(weight(&spec, 4), 2500);
+        spec.cpu.weight = 5000;
+        assert_eq!(weight(&spec, 4), 5000);
+        (spec.vcpus, spec.cpu.reserve) = (64, 100);
+        assert_eq!(weight(&spec, 1), 10_000);
+        assert_eq!(limit(&spec), "max 100000");
+    }
+
+    #[test]
+    fn host_without_the_controller_is_told_in_words() {
+        let root = hierarchy("memory\n");
+        let refused = Cgroups::below(root.path()).group("web").unwrap_err();
+        assert!(refused.contains("the cpu controller is not offered"), "{refused}");
+        assert!(Cgroups::below(Path::new("/nonexistent")).group("web").is_err());
+        assert_eq!(mount("proc /proc proc rw 0 0\n"), None);
+        assert_eq!(mount("a /x cgroup rw 0 0\nb /sys/fs/cgroup cgroup2 rw 0 0\n"), Some("/sys/fs/cgroup"));
+    }
+}

@@ -1,0 +1,277 @@
+//! All VMs by name.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hypervisor::control::Command;
+use vswitch::error::FabricError;
+use vswitch::fabric::PortChange;
+
+use super::Settings;
+use super::directory::{Directory, Record};
+use super::error::VmError;
+use super::report::VmReport;
+use super::spec::{NicSpec, VmChange, VmSpec};
+use super::supervisor::{Mailbox, Order, Reply, Supervisor};
+use crate::config::check_name;
+
+/// Supervisors answer within their own patience; one that does not has a bug.
+const PATIENCE: Duration = Duration::from_secs(19);
+
+/// The VMs of a daemon. Its methods may block for some seconds.
+#[derive(Debug)]
+pub struct Manager {
+    settings: Arc<Settings>,
+    machines: Mutex<BTreeMap<String, Machine>>,
+}
+
+#[derive(Debug)]
+struct Machine {
+    mailbox: Mailbox,
+    thread: JoinHandle<()>,
+}
+
+impl Manager {
+    /// No VMs yet.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings: Arc::new(settings), machines: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Machine>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Defines the VMs of a configuration and takes back all that still run from before, those too that were defined
+    /// while the daemon ran. Returns what went wrong, a sentence each.
+    pub fn begin(&self, configured: Vec<VmSpec>) -> Vec<String> {
+        let mut records = self.records();
+        let names: BTreeSet<_> = configured.iter().map(|spec| spec.name.clone()).collect();
+        let known = configured.into_iter().map(|spec| {
+            let record = records.remove(&spec.name);
+            (spec, record)
+        });
+        let mut wanted: Vec<_> = known.collect();
+        wanted.extend(records.into_values().map(|record| (record.spec.clone(), Some(record))));
+        let mut problems = Vec::new();
+        let mut starts = Vec::new();
+        for (spec, record) in wanted {
+            let name = spec.name.clone();
+            let start = spec.autostart && record.is_none() && names.contains(&name);
+            let made = self.add(spec, record);
+            // All start at once, and are waited for below.
+            match made.and_then(|()| if start { self.order(&name, Order::Start).map(Some) } else { Ok(None) })
+            {
+                Ok(started) => starts.extend(started.map(|started| (name, started))),
+                Err(error) => problems.push(format!("vm.{name}: {error}")),
+            }
+        }
+        for (name, started) in starts {
+            problems.extend(wait(&name, &started).err().map(|error| format!("vm.{name}: {error}")));
+        }
+        problems
+    }
+
+    /// What earlier daemons left, by VM.
+    fn records(&self) -> BTreeMap<String, Record> {
+        let entries = match std::fs::read_dir(&self.settings.root) {
+            Ok(entries) => entries,
+            Err(_) => return BTreeMap::new(),
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let records = names.filter(|name| check_name(name).is_ok()).filter_map(|name| {
+            let directory = Directory::new(&self.settings.root, &name);
+            let record = directory.read().ok()?;
+            (record.spec.name == name).then_some((name, record))
+        });
+        records.collect()
+    }
+
+    /// Defines a VM; it is off.
+    ///
+    /// # Errors
+    /// If there is one of that name, or the switch refuses a port.
+    pub fn define(&self, spec: VmSpec) -> Result<(), VmError> {
+        self.add(spec, None)
+    }
+
+    fn add(&self, spec: VmSpec, record: Option<Record>) -> Result<(), VmError> {
+        let mut machines = self.lock();
+        if machines.contains_key(&spec.name) {
+            return Err(VmError::Exists { what: "VM", name: spec.name });
+        }
+        self.make_root()?;
+        // What runs has its ports by right; a definition is refused without them.
+        if record.is_none() {
+            self.plug(&spec)?;
+        }
+        let name = spec.name.clone();
+        let (mailbox, queue) = Mailbox::new()?;
+        let supervisor = Supervisor::new(Arc::clone(&self.settings), spec, mailbox.clone(), queue);
+        let thread = std::thread::Builder::new().name(format!("vm-{name}"));
+        let thread = thread.spawn(move || supervisor.run(record));
+        let thread = thread.map_err(|error| VmError::io("a supervisor thread", error))?;
+        machines.insert(name, Machine { mailbox, thread });
+        Ok(())
+    }
+
+    /// The directory of directories, for the daemon's user alone.
+    fn make_root(&self) -> Result<(), VmError> {
+        let root = &self.settings.root;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(root)
+            .and_then(|()| std::fs::set_permissions(root, std::fs::Permissions::from_mode(0o700)))
+            .map_err(VmError::file(root))
+    }
+
+    /// All ports, or none.
+    fn plug(&self, spec: &VmSpec) -> Result<(), VmError> {
+        let network = &self.settings.network;
+        for (index, nic) in spec.nics.iter().enumerate() {
+            if let Err(source) = network.plug(&spec.name, nic) {
+                for plugged in spec.nics.iter().take(index) {
+                    let _ = network.unplug(&spec.name, plugged);
+                }
+                return Err(VmError::Port { nic: nic.name.clone(), source });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives an order; its outcome comes later.
+    fn order<T>(
+        &self,
+        name: &str,
+        order: impl FnOnce(Reply<T>) -> Order,
+    ) -> Result<mpsc::Receiver<Result<T, VmError>>, VmError> {
+        let machines = self.lock();
+        let machine = machines.get(name).ok_or_else(|| VmError::no_vm(name))?;
+        let (reply, outcome) = mpsc::channel();
+        if machine.mailbox.send(order(reply)) { Ok(outcome) } else { Err(VmError::Ending) }
+    }
+
+    fn outcome<T>(&self, name: &str, order: impl FnOnce(Reply<T>) -> Order) -> Result<T, VmError> {
+        wait(name, &self.order(name, order)?)
+    }
+
+    /// How every VM is, by name.
+    pub fn list(&self) -> Vec<VmReport> {
+        let names: Vec<String> = self.lock().keys().cloned().collect();
+        // All are asked before the first is waited for.
+        let asked: Vec<_> = names.iter().map(|name| (name, self.order(name, Order::Show))).collect();
+        asked.into_iter().filter_map(|(name, asked)| wait(name, &asked.ok()?).ok()).collect()
+    }
+
+    /// How a VM is.
+    ///
+    /// # Errors
+    /// If there is no such VM.
+    pub fn show(&self, name: &str) -> Result<VmReport, VmError> {
+        self.outcome(name, Order::Show)
+    }
+
+    /// Starts a VM that is off.
+    ///
+    /// # Errors
+    /// Why it cannot be started.
+    pub fn start(&self, name: &str) -> Result<(), VmError> {
+        self.outcome(name, Order::Start)
+    }
+
+    /// Ends a VM at once, as if its power were cut.
+    ///
+    /// # Errors
+    /// If it is off.
+    pub fn stop(&self, name: &str) -> Result<(), VmError> {
+        self.outcome(name, Order::Stop)
+    }
+
+    /// Passes a command to the worker of a running VM.
+    ///
+    /// # Errors
+    /// If it is off, or the worker refuses.
+    pub fn command(&self, name: &str, command: Command) -> Result<(), VmError> {
+        self.outcome(name, |reply| Order::Command(command, reply))
+    }
+
+    /// Changes a VM, now if it runs, and for later starts.
+    ///
+    /// # Errors
+    /// If a value does not do.
+    pub fn set(&self, name: &str, change: VmChange) -> Result<(), VmError> {
+        self.outcome(name, |reply| Order::Set(change, reply))
+    }
+
+    /// Adds an adapter, with its port.
+    ///
+    /// # Errors
+    /// If switch or worker refuse.
+    pub fn add_nic(&self, name: &str, nic: NicSpec) -> Result<(), VmError> {
+        self.outcome(name, |reply| Order::AddNic(nic, reply))
+    }
+
+    /// Removes an adapter, with its port.
+    ///
+    /// # Errors
+    /// If there is none, or the worker refuses.
+    pub fn remove_nic(&self, name: &str, nic: &str) -> Result<(), VmError> {
+        self.outcome(name, |reply| Order::RemoveNic(nic.to_owned(), reply))
+    }
+
+    /// Changes an adapter's port.
+    ///
+    /// # Errors
+    /// If there is none, or a value does not do.
+    pub fn change_nic(&self, name: &str, nic: &str, change: PortChange) -> Result<(), VmError> {
+        self.outcome(name, |reply| Order::ChangeNic(nic.to_owned(), change, reply))
+    }
+
+    /// Forgets a VM that is off, with its directory.
+    ///
+    /// # Errors
+    /// If it runs.
+    pub fn delete(&self, name: &str) -> Result<(), VmError> {
+        self.outcome(name, Order::Delete)?;
+        if let Some(machine) = self.lock().remove(name) {
+            let _ = machine.thread.join();
+        }
+        Ok(())
+    }
+
+    /// Ends supervision; the VMs go on.
+    pub fn end(&self) {
+        let machines = std::mem::take(&mut *self.lock());
+        for machine in machines.values() {
+            machine.mailbox.send(Order::Detach);
+        }
+        for machine in machines.into_values() {
+            let _ = machine.thread.join();
+        }
+    }
+}
+
+fn wait<T>(name: &str, outcome: &mpsc::Receiver<Result<T, VmError>>) -> Result<T, VmError> {
+    match outcome.recv_timeout(PATIENCE) {
+        Ok(outcome) => outcome,
+        Err(mpsc::RecvTimeoutError::Disconnected) => Err(VmError::Ending),
+        Err(mpsc::RecvTimeoutError::Timeout) => Err(VmError::Silent { name: name.to_owned() }),
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The switch refused a name that is taken, or one that is not there.
+impl VmError {
+    /// Whether something of that name exists already.
+    pub fn is_exists(&self) -> bool {
+        matches!(self, Self::Exists { .. } | Self::Port { source: FabricError::Exists { .. }, .. })
+    }
+}

@@ -1,0 +1,375 @@
+//! How a run of a VM begins: started by an operator or by the restart policy, or taken back from an earlier daemon.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant, SystemTime};
+
+use hypervisor::control::{Command, NicKind, State, Status};
+use vswitch::error::FabricError;
+
+use super::directory::Record;
+use super::error::VmError;
+use super::link::Link;
+use super::network::Channels;
+use super::process::Process;
+use super::spec::{RestartPolicy, VmSpec};
+use super::supervisor::{Life, Order, Pending, Reply, Supervisor};
+
+/// Events of a run that go to the log: a guest may cause them without end.
+const LOGGED: u32 = 100;
+/// Longest wait before the next attempt at a worker's channels.
+const SLOWEST_RETRY: Duration = Duration::from_secs(5);
+
+/// What a run is to come to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Aim {
+    /// Its guest is about to start.
+    Begin,
+    /// It is to go on.
+    Run,
+    /// An operator ends it.
+    Stop,
+    /// Its guest switched itself off.
+    Off,
+    /// Its guest crashed, and is to be started again.
+    Again(String),
+}
+
+/// A worker, and what is known of it.
+#[derive(Debug)]
+pub(super) struct Run {
+    /// As it runs, live changes included.
+    pub spec: VmSpec,
+    pub process: Process,
+    /// None once there is nothing more to say.
+    pub link: Option<Link<Pending>>,
+    pub channels: Service,
+    pub state: State,
+    pub status: Option<Box<Status>>,
+    pub since: Instant,
+    /// Seconds from 1970.
+    pub started: u64,
+    pub aim: Aim,
+    /// An operator started it, and not the restart policy.
+    pub by_operator: bool,
+    /// An operator asked the guest to switch itself off.
+    pub off_wanted: bool,
+    /// What the worker did wrong before it ended.
+    pub complaint: Option<String>,
+    /// When patience with an ending worker is over.
+    pub kill_at: Option<Instant>,
+    /// Who waits for the guest's start, whose attempt has failed.
+    pub starter: Option<Reply<()>>,
+    /// Who waits for its end.
+    pub mourners: Vec<Reply<()>>,
+    logged: u32,
+}
+
+impl Run {
+    fn new(spec: VmSpec, process: Process, link: Link<Pending>) -> Self {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        Self {
+            spec,
+            process,
+            link: Some(link),
+            channels: Service::default(),
+            state: State::Ready,
+            status: None,
+            since: Instant::now(),
+            started: now.map_or(0, |now| now.as_secs()),
+            aim: Aim::Begin,
+            by_operator: false,
+            off_wanted: false,
+            complaint: None,
+            kill_at: None,
+            starter: None,
+            mourners: Vec::new(),
+            logged: 0,
+        }
+    }
+
+    /// Whether one more line about it may go to the log.
+    pub fn may_log(&mut self) -> bool {
+        self.logged = self.logged.saturating_add(1);
+        self.logged <= LOGGED
+    }
+}
+
+/// The connection over which a worker's channels are served: made again and again while the VM runs.
+#[derive(Debug, Default)]
+pub(super) struct Service {
+    connection: Option<Box<dyn Channels>>,
+    generation: u64,
+    retry: Option<Instant>,
+    failures: u32,
+    /// Why there is none.
+    pub reason: Option<String>,
+}
+
+impl Service {
+    /// When it is to be tried again.
+    pub fn retry_at(&self) -> Option<Instant> {
+        self.retry
+    }
+
+    /// Ends it; the guest's channels stay as they are.
+    pub fn close(&mut self) {
+        self.connection = None;
+    }
+
+    fn failed(&mut self, reason: String) {
+        self.connection = None;
+        self.reason = Some(reason);
+        let delay = Duration::from_millis(100) * 2u32.saturating_pow(self.failures.min(6));
+        self.failures = self.failures.saturating_add(1);
+        self.retry = Some(Instant::now() + delay.min(SLOWEST_RETRY));
+    }
+}
+
+impl Supervisor {
+    /// An operator's start.
+    pub fn start(&mut self, reply: Reply<()>) {
+        if let Life::Running(_) = self.life {
+            let _ = reply.send(Err(self.wrong_state("off")));
+            return;
+        }
+        (self.restarts, self.stumbles) = (0, 0);
+        match self.begin(true) {
+            Ok(()) => {
+                self.request(Command::Start, &[], self.settings.patience.start, Pending::Start(Some(reply)))
+            }
+            Err(error) => {
+                self.life = Life::Off;
+                self.ended = Some(format!("it could not be started: {error}"));
+                let _ = reply.send(Err(error));
+            }
+        }
+    }
+
+    /// A start by the restart policy.
+    pub fn restart(&mut self) {
+        self.restarts = self.restarts.saturating_add(1);
+        tracing::info!("VM {}: starting it again", self.spec.name);
+        match self.begin(false) {
+            Ok(()) => self.request(Command::Start, &[], self.settings.patience.start, Pending::Start(None)),
+            Err(error) => {
+                tracing::warn!("VM {}: {error}", self.spec.name);
+                self.ended = Some(format!("it could not be started again: {error}"));
+                self.life = Life::Waiting(Instant::now() + self.backoff());
+            }
+        }
+    }
+
+    /// Starts a worker and tells it everything; its guest does not run yet.
+    fn begin(&mut self, by_operator: bool) -> Result<(), VmError> {
+        let spec = self.spec.clone();
+        self.settings.reserve(&spec)?;
+        let run = self.new_run(spec);
+        if run.is_err() {
+            self.settings.release(&self.spec.name);
+        }
+        let mut run = run?;
+        run.by_operator = by_operator;
+        (self.faults, self.panic, self.ended) = (Vec::new(), None, None);
+        self.tended = Instant::now();
+        self.life = Life::Running(Box::new(run));
+        if let Err(error) = self.write_record() {
+            self.unplugged.push(format!("a later yardd will not find it: {error}"));
+        }
+        self.connect_legacy();
+        self.serve_channels(Instant::now());
+        Ok(())
+    }
+
+    fn new_run(&mut self, spec: VmSpec) -> Result<Run, VmError> {
+        for nic in &spec.nics {
+            match self.settings.network.plug(&spec.name, nic) {
+                // It has been there since the VM was defined, unless somebody took it away.
+                Ok(()) | Err(FabricError::Exists { .. }) => {}
+                Err(source) => return Err(VmError::Port { nic: nic.name.clone(), source }),
+            }
+        }
+        self.nics.lock().clone_from(&spec.nics);
+        self.unplugged.clear();
+        self.join_cgroup(&spec);
+        let mut refused = None;
+        let cgroup = &self.cgroup;
+        let mut process = self.settings.launcher.launch(&spec, &self.directory, |pid| {
+            refused = cgroup.as_ref().ok().and_then(|cgroup| cgroup.enter(pid).err());
+        })?;
+        if let Some(refused) = refused {
+            self.cgroup = Err(refused);
+        }
+        match Link::connect(&self.directory.control()) {
+            Ok(link) => Ok(Run::new(spec, process, link)),
+            Err(error) => {
+                process.kill();
+                let ended = self.lament(&mut process, None);
+                self.directory.clear();
+                Err(VmError::Refused(format!("{ended} ({error})")))
+            }
+        }
+    }
+
+    fn join_cgroup(&mut self, spec: &VmSpec) {
+        let group = self.settings.cgroups.group(&spec.name);
+        self.cgroup = group.and_then(|group| group.apply(spec, self.settings.cpus).map(|()| group));
+    }
+
+    /// The guest runs.
+    pub fn started(&mut self, reply: Option<Reply<()>>) {
+        if let Life::Running(run) = &mut self.life {
+            if run.aim == Aim::Begin {
+                run.aim = Aim::Run;
+            }
+            if run.state == State::Ready {
+                run.state = State::Running;
+            }
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(Ok(()));
+        }
+    }
+
+    /// The worker would not start its guest: it is of no use.
+    pub fn start_failed(&mut self, reply: Option<Reply<()>>, error: &VmError) {
+        if let Some(reply) = reply {
+            self.keep_starter(reply);
+        }
+        if let Life::Running(run) = &mut self.life {
+            run.complaint.get_or_insert_with(|| error.to_string());
+            run.process.kill();
+        }
+    }
+
+    /// Who waits for a start that fails is told when the worker has ended, and how.
+    pub fn keep_starter(&mut self, reply: Reply<()>) {
+        match &mut self.life {
+            Life::Running(run) => run.starter = Some(reply),
+            Life::Off | Life::Waiting(_) => {
+                let _ = reply.send(Err(VmError::Refused("the worker is gone".into())));
+            }
+        }
+    }
+
+    /// Sends each emulated adapter a socket of the switch's.
+    pub fn connect_legacy(&mut self) {
+        let Life::Running(run) = &self.life else { return };
+        let nics: Vec<_> = run.spec.nics.iter().filter(|nic| nic.kind == NicKind::Legacy).cloned().collect();
+        for nic in nics {
+            match self.settings.network.connect_legacy(&self.spec.name, &nic) {
+                Ok(socket) => {
+                    let command = Command::ConnectLegacy { name: nic.name };
+                    self.request(command, &[socket.as_fd()], self.settings.patience.answer, Pending::Nothing);
+                }
+                Err(error) => self.unplugged.push(format!("adapter {}: {error}", nic.name)),
+            }
+        }
+    }
+
+    /// Has the channels served, if they are not and it is time.
+    pub fn serve_channels(&mut self, now: Instant) {
+        let Life::Running(run) = &mut self.life else { return };
+        let due = run.channels.connection.is_none() && run.channels.retry.is_none_or(|retry| retry <= now);
+        if !due || !matches!(run.aim, Aim::Begin | Aim::Run) {
+            run.channels.retry = run.channels.retry.filter(|retry| *retry > now);
+            return;
+        }
+        run.channels.generation += 1;
+        let (mailbox, generation) = (self.mailbox.clone(), run.channels.generation);
+        let on_end = Box::new(move |reason| {
+            mailbox.send(Order::ChannelsEnded(generation, reason));
+        });
+        let socket = self.directory.channels();
+        match self.settings.network.serve_channels(&self.spec.name, self.nics.clone(), &socket, on_end) {
+            Ok(connection) => {
+                run.channels.connection = Some(connection);
+                (run.channels.retry, run.channels.reason) = (None, None);
+            }
+            Err(reason) => run.channels.failed(reason),
+        }
+    }
+
+    pub fn channels_ended(&mut self, generation: u64, reason: String) {
+        if let Life::Running(run) = &mut self.life
+            && run.channels.generation == generation
+        {
+            if run.aim == Aim::Run && run.may_log() {
+                tracing::warn!(
+                    "VM {}: its channels are not served: {}",
+                    self.spec.name,
+                    reason.escape_debug()
+                );
+            }
+            run.channels.failed(reason);
+        }
+    }
+
+    /// Takes back what an earlier daemon started.
+    pub fn adopt(&mut self, record: Record) {
+        self.restarts = record.restarts;
+        let Some(process) = Process::adopt(record.pid, record.born) else {
+            let word = self.directory.last_word().map(|word| format!("; its last word: {word}"));
+            let reason = format!("its worker ended while no yardd ran{}", word.unwrap_or_default());
+            tracing::warn!("VM {}: {}", self.spec.name, reason.escape_debug());
+            self.ended = Some(reason);
+            self.directory.clear();
+            if self.spec.restart != RestartPolicy::Never {
+                self.life = Life::Waiting(Instant::now());
+            }
+            return;
+        };
+        let link = match Link::connect(&self.directory.control()) {
+            Ok(link) => link,
+            Err(error) => {
+                self.ended = Some(format!("its worker could not be reached, and was ended: {error}"));
+                process.kill();
+                self.directory.clear();
+                return;
+            }
+        };
+        // It runs whatever others have been promised meanwhile.
+        let _ = self.settings.reserve(&record.spec);
+        self.join_cgroup(&record.spec);
+        for nic in &record.spec.nics {
+            match self.settings.network.plug(&record.spec.name, nic) {
+                Ok(()) | Err(FabricError::Exists { .. }) => {}
+                Err(error) => self.unplugged.push(format!("adapter {}: {error}", nic.name)),
+            }
+        }
+        self.nics.lock().clone_from(&record.spec.nics);
+        tracing::info!("VM {}: taken back, process {}", self.spec.name, record.pid);
+        let mut run = Run::new(record.spec, process, link);
+        (run.started, run.aim, run.state) = (record.started, Aim::Run, State::Running);
+        self.life = Life::Running(Box::new(run));
+        self.request(Command::Show, &[], self.settings.patience.answer, Pending::Adopt);
+    }
+
+    /// A worker that was taken back has told how it is.
+    pub fn adopted(&mut self) {
+        self.connect_legacy();
+        self.serve_channels(Instant::now());
+        let Life::Running(run) = &mut self.life else { return };
+        match run.state.clone() {
+            // The earlier daemon was ended before it could say this.
+            State::Ready => {
+                run.aim = Aim::Begin;
+                self.request(Command::Start, &[], self.settings.patience.start, Pending::Start(None));
+            }
+            State::Off => self.switched_off(),
+            State::Crashed { reason } => self.crashed(&reason),
+            State::Running | State::Paused => {}
+        }
+    }
+
+    /// Leaves to a later daemon what it must know.
+    pub fn write_record(&self) -> Result<(), VmError> {
+        let Life::Running(run) = &self.life else { return Ok(()) };
+        self.directory.write(&Record {
+            spec: run.spec.clone(),
+            pid: run.process.pid(),
+            born: run.process.born(),
+            started: run.started,
+            restarts: self.restarts,
+        })
+    }
+}

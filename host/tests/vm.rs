@@ -1,0 +1,397 @@
+//! The manager of virtual machines, with played workers over the real sockets.
+
+#![allow(clippy::unwrap_used, reason = "a failure to set up is a failure of the test")]
+
+mod support;
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use host::config::{nic_request, vm_request};
+use host::vm::spec::{VmChange, VmSpec};
+use host::vm::{Manager, VmReport, VmState};
+use hypervisor::control::Command;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::{Value, json};
+use support::played::{FakeNetwork, definition, manager, until};
+use tempfile::TempDir;
+
+fn start() -> (TempDir, Arc<FakeNetwork>, Manager) {
+    let dir = tempfile::tempdir().unwrap();
+    let network = Arc::new(FakeNetwork::default());
+    let manager = manager(dir.path(), Arc::clone(&network));
+    (dir, network, manager)
+}
+
+fn spec(name: &str, more: Value) -> VmSpec {
+    vm_request(definition(name, more), &[0, 1]).unwrap()
+}
+
+fn value(key: &str) -> Command {
+    Command::SetValue { key: key.into(), value: Some("now".into()) }
+}
+
+/// The VM's report once `wanted` is true of it.
+fn when(vms: &Manager, name: &str, wanted: impl Fn(&VmReport) -> bool) -> VmReport {
+    let began = Instant::now();
+    loop {
+        let report = vms.show(name).unwrap();
+        if wanted(&report) {
+            return report;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{report:#?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn when_state(vms: &Manager, name: &str, state: VmState) -> VmReport {
+    when(vms, name, |report| report.state == state)
+}
+
+fn pid(number: u32) -> Pid {
+    Pid::from_raw(i32::try_from(number).unwrap()).unwrap()
+}
+
+/// Ends what a test left running.
+struct Broom<'a>(&'a Manager);
+
+impl Drop for Broom<'_> {
+    fn drop(&mut self) {
+        for report in self.0.list() {
+            let _ = self.0.stop(&report.name);
+        }
+    }
+}
+
+#[test]
+fn vm_lives_from_its_definition_to_its_deletion() {
+    let (dir, network, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    assert_eq!(network.heard(), ["plug web.eth0"]);
+    assert_eq!(vms.show("web").unwrap().state, VmState::Off);
+    assert_eq!(vms.stop("web").unwrap_err().to_string(), "VM `web` is off, expected running");
+    vms.start("web").unwrap();
+    assert_eq!(network.heard(), ["plug web.eth0", "serve web 1"]);
+    let report = when_state(&vms, "web", VmState::Running);
+    assert_eq!(report.guest.os.as_deref(), Some("Debian GNU/Linux 13"));
+    assert_eq!(report.guest.addresses, ["192.0.2.7", "198.51.100.7"]);
+    assert_eq!((report.vmbus.as_deref(), report.uptime), (Some("5.3"), Some(3700.0)));
+    assert!(report.warnings[0].contains("no control group: this is a test"), "{:?}", report.warnings);
+    assert!(vms.start("web").unwrap_err().to_string().contains("is running, expected off"));
+    vms.command("web", Command::Pause).unwrap();
+    when_state(&vms, "web", VmState::Paused);
+    assert_eq!(vms.command("web", Command::Pause).unwrap_err().to_string(), "the VM is paused already");
+    vms.command("web", Command::Resume).unwrap();
+    when_state(&vms, "web", VmState::Running);
+    assert!(vms.delete("web").unwrap_err().to_string().contains("expected off"));
+    vms.command("web", Command::Shutdown { reboot: false }).unwrap();
+    assert_eq!(when_state(&vms, "web", VmState::Off).reason, None);
+    let log = std::fs::read_to_string(dir.path().join("vm/web/serial.log")).unwrap();
+    assert_eq!(log, "Linux version\n");
+    vms.delete("web").unwrap();
+    assert!(network.heard().contains(&"unplug web.eth0".to_owned()));
+    assert!(!dir.path().join("vm/web").exists());
+    assert_eq!(vms.show("web").unwrap_err().to_string(), "there is no VM `web`");
+}
+
+#[test]
+fn definition_without_its_switch_is_refused_and_leaves_no_port() {
+    let (_dir, network, vms) = start();
+    let nics = json!([{ "name": "a", "switch": "lab" }, { "name": "b", "switch": "none" }]);
+    let refused = vms.define(spec("web", json!({ "nic": nics }))).unwrap_err();
+    assert_eq!(refused.to_string(), "adapter `b`: there is no switch `none`");
+    assert_eq!(network.heard(), ["plug web.a", "unplug web.a"]);
+    assert!(vms.list().is_empty());
+}
+
+#[test]
+fn start_that_fails_says_why() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    for (name, more, expected) in [
+        ("nowhere", json!({ "kernel": "/nonexistent/vmlinuz" }), "/nonexistent/vmlinuz: No such file"),
+        (
+            "died",
+            json!({ "cmdline": "die-at-once" }),
+            "its worker ended with exit status 7; its last word: no room for the guest's memory",
+        ),
+        ("refused", json!({ "cmdline": "refuse-start", "restart": "always" }), "the kernel is no bzImage"),
+        ("greedy", json!({ "vcpus": 3, "cpu": { "reserve": 100 } }), "300 % of a processor are wanted"),
+    ] {
+        vms.define(spec(name, more)).unwrap();
+        let said = vms.start(name).unwrap_err().to_string();
+        // A worker that dies may do so before its connection is made.
+        let report = when_state(&vms, name, VmState::Off);
+        assert!(said.contains(expected), "{name}: {said}");
+        assert!(report.reason.unwrap().contains(expected), "{name}");
+    }
+}
+
+#[test]
+fn worker_that_dies_is_reported_and_stays_off_by_policy() {
+    let (_dir, _, vms) = start();
+    vms.define(spec("web", json!({ "restart": "never" }))).unwrap();
+    vms.start("web").unwrap();
+    assert!(vms.command("web", value("die")).is_err());
+    let report = when_state(&vms, "web", VmState::Off);
+    assert_eq!(
+        report.reason.as_deref(),
+        Some("its worker ended with exit status 9; its last word: a bug in the worker, while it was running")
+    );
+    vms.start("web").unwrap();
+    let worker = when_state(&vms, "web", VmState::Running).pid.unwrap();
+    kill_process(pid(worker), Signal::KILL).unwrap();
+    let report = when_state(&vms, "web", VmState::Off);
+    assert!(report.reason.as_ref().unwrap().starts_with("its worker was ended by SIGKILL"), "{report:?}");
+}
+
+#[test]
+fn worker_that_dies_is_started_again_by_policy() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    for time in 1..=3 {
+        let before = when_state(&vms, "web", VmState::Running).pid.unwrap();
+        kill_process(pid(before), Signal::KILL).unwrap();
+        let again = |report: &VmReport| {
+            report.state == VmState::Running && report.pid.is_some_and(|pid| pid != before)
+        };
+        assert_eq!(when(&vms, "web", again).restarts, time);
+    }
+    vms.stop("web").unwrap();
+    let report = vms.show("web").unwrap();
+    assert_eq!((report.state, report.reason), (VmState::Off, None));
+}
+
+#[test]
+fn crashed_guest_is_kept_or_started_again_by_policy() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("kept", json!({ "restart": "never" }))).unwrap();
+    vms.start("kept").unwrap();
+    vms.command("kept", value("crash")).unwrap();
+    let report = when_state(&vms, "kept", VmState::Crashed);
+    assert_eq!(report.reason.as_deref(), Some("kernel panic"));
+    assert_eq!(report.panic.unwrap().parameters, [1, 2, 3, 4, 5]);
+    vms.command("kept", Command::Reset).unwrap();
+    when_state(&vms, "kept", VmState::Running);
+
+    vms.define(spec("again", json!({}))).unwrap();
+    vms.start("again").unwrap();
+    vms.command("again", value("crash")).unwrap();
+    when(&vms, "again", |report| report.restarts == 1 && report.state == VmState::Running);
+}
+
+#[test]
+fn guest_that_switches_itself_off_is_started_again_if_it_is_always_to_run() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({ "restart": "always" }))).unwrap();
+    vms.start("web").unwrap();
+    vms.command("web", value("off")).unwrap();
+    when(&vms, "web", |report| report.restarts == 1 && report.state == VmState::Running);
+    vms.define(spec("once", json!({}))).unwrap();
+    vms.start("once").unwrap();
+    vms.command("once", value("off")).unwrap();
+    let report = when_state(&vms, "once", VmState::Off);
+    assert_eq!(report.reason.as_deref(), Some("its guest switched itself off"));
+    vms.command("web", Command::Shutdown { reboot: false }).unwrap();
+    when_state(&vms, "web", VmState::Off);
+}
+
+#[test]
+fn worker_that_speaks_nonsense_is_ended() {
+    let (_dir, _, vms) = start();
+    vms.define(spec("web", json!({ "restart": "never" }))).unwrap();
+    vms.start("web").unwrap();
+    let _ = vms.command("web", value("nonsense"));
+    let report = when_state(&vms, "web", VmState::Off);
+    assert!(report.reason.as_ref().unwrap().starts_with("its worker speaks nonsense"), "{report:?}");
+}
+
+#[test]
+fn worker_that_hangs_is_shown_and_can_be_stopped() {
+    let (_dir, _, vms) = start();
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.define(spec("other", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    let refused = vms.command("web", value("hang")).unwrap_err().to_string();
+    assert!(refused.contains("does not answer; `yard vm stop web` ends it"), "{refused}");
+    let list = vms.list();
+    assert_eq!(list.iter().map(|report| report.name.as_str()).collect::<Vec<_>>(), ["other", "web"]);
+    assert!(list[1].warnings.contains(&"its worker does not answer".to_owned()), "{:?}", list[1]);
+    vms.stop("web").unwrap();
+    assert_eq!(vms.show("web").unwrap().state, VmState::Off);
+}
+
+#[test]
+fn faults_are_shown_once_and_forgotten_with_the_next_run() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    vms.command("web", value("fault")).unwrap();
+    let report = when(&vms, "web", |report| !report.faults.is_empty());
+    assert_eq!(report.faults.len(), 1);
+    assert_eq!(report.faults[0].device, "eth0");
+    vms.stop("web").unwrap();
+    vms.start("web").unwrap();
+    assert!(vms.show("web").unwrap().faults.is_empty());
+}
+
+#[test]
+fn adapters_come_go_and_change_while_the_vm_runs() {
+    let (_dir, network, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    network.heard();
+    let nic = |json| nic_request(json, "web").unwrap();
+    vms.add_nic("web", nic(json!({ "name": "eth1", "switch": "lab" }))).unwrap();
+    let twice = vms.add_nic("web", nic(json!({ "name": "eth1", "switch": "lab" }))).unwrap_err();
+    assert_eq!(twice.to_string(), "adapter `eth1` exists already");
+    let refused = vms.add_nic("web", nic(json!({ "name": "refused", "switch": "lab" }))).unwrap_err();
+    assert_eq!(refused.to_string(), "the guest has no driver");
+    let legacy = nic(json!({ "name": "eth2", "switch": "lab", "type": "legacy" }));
+    let late = vms.add_nic("web", legacy.clone()).unwrap_err().to_string();
+    assert!(late.contains("a legacy adapter cannot be plugged in"), "{late}");
+    vms.change_nic("web", "eth1", host::config::change_request(json!({ "mtu": 9000 })).unwrap()).unwrap();
+    let report = vms.show("web").unwrap();
+    assert_eq!(report.nics.iter().map(|nic| nic.mtu).collect::<Vec<_>>(), [1500, 9000]);
+    vms.remove_nic("web", "eth0").unwrap();
+    assert_eq!(vms.remove_nic("web", "eth0").unwrap_err().to_string(), "there is no adapter `eth0`");
+    assert_eq!(
+        network.heard(),
+        [
+            "plug web.eth1",
+            "plug web.refused",
+            "unplug web.refused",
+            "change web.eth1 Some(9000)",
+            "unplug web.eth0"
+        ]
+    );
+    vms.stop("web").unwrap();
+    vms.add_nic("web", legacy).unwrap();
+    vms.start("web").unwrap();
+    assert!(network.heard().contains(&"legacy web.eth2".to_owned()));
+    let report = when(&vms, "web", |report| report.nics.iter().any(|nic| nic.connected));
+    assert_eq!(report.nics.iter().map(|nic| nic.name.as_str()).collect::<Vec<_>>(), ["eth1", "eth2"]);
+}
+
+#[test]
+fn memory_and_shares_change_within_their_bounds() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.define(spec("fixed", json!({ "memory": "64M" }))).unwrap();
+    let memory = |bytes| VmChange { memory: Some(bytes), ..VmChange::default() };
+    vms.start("web").unwrap();
+    vms.set("web", memory(96 << 20)).unwrap();
+    assert_eq!(vms.show("web").unwrap().memory.assigned, Some(96 << 20));
+    let far = vms.set("web", memory(256 << 20)).unwrap_err().to_string();
+    assert_eq!(far, "memory: 256 MiB is out of range, expected 32 to 128 MiB");
+    vms.set("fixed", memory(80 << 20)).unwrap();
+    assert_eq!(vms.show("fixed").unwrap().memory.configured.maximum, 80 << 20);
+    vms.start("fixed").unwrap();
+    assert!(vms.set("fixed", memory(96 << 20)).unwrap_err().to_string().contains("is not dynamic"));
+    vms.set("web", VmChange { weight: Some(300), limit: Some(50), ..VmChange::default() }).unwrap();
+    let report = vms.show("web").unwrap();
+    assert_eq!((report.cpu.weight, report.cpu.limit, report.changed), (300, 50, false));
+    vms.set("web", VmChange { reserve: Some(50), ..VmChange::default() }).unwrap();
+    let too_much = vms.set("fixed", VmChange { reserve: Some(60), ..VmChange::default() });
+    assert!(too_much.unwrap_err().to_string().contains("only 100 of the host's 200 %"));
+}
+
+#[test]
+fn service_of_channels_that_ends_is_begun_again() {
+    let (_dir, network, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    network.heard();
+    network.break_channels("a message of unknown kind 77");
+    let began = Instant::now();
+    while !network.heard().contains(&"serve web 1".to_owned()) {
+        assert!(began.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn console_is_reached_through_its_socket() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    let mut console = UnixStream::connect(vms.show("web").unwrap().console).unwrap();
+    console.write_all(b"ls\n").unwrap();
+    assert_eq!(until(&mut console, "ls"), "heard ls");
+}
+
+#[test]
+fn later_manager_takes_running_vms_back_with_their_live_changes() {
+    let (dir, _, vms) = start();
+    vms.define(spec("configured", json!({ "cmdline": "one" }))).unwrap();
+    vms.define(spec("live", json!({}))).unwrap();
+    vms.start("configured").unwrap();
+    vms.start("live").unwrap();
+    vms.add_nic("live", nic_request(json!({ "name": "eth1", "switch": "lab" }), "live").unwrap()).unwrap();
+    let workers = ["configured", "live"].map(|name| vms.show(name).unwrap().pid.unwrap());
+    vms.end();
+    drop(vms);
+    assert!(workers.iter().all(|worker| test_kill_process(pid(*worker)).is_ok()));
+
+    let network = Arc::new(FakeNetwork::default());
+    let vms = manager(dir.path(), Arc::clone(&network));
+    let _broom = Broom(&vms);
+    let configured = vec![
+        spec("configured", json!({ "cmdline": "two", "autostart": true })),
+        spec("fresh", json!({ "autostart": true })),
+        spec("broken", json!({ "autostart": true, "kernel": "/nonexistent" })),
+    ];
+    let problems = vms.begin(configured);
+    assert_eq!(problems, ["vm.broken: /nonexistent: No such file or directory (os error 2)"]);
+    let report = when_state(&vms, "configured", VmState::Running);
+    assert_eq!((report.pid, report.cmdline.as_str(), report.changed), (Some(workers[0]), "one", true));
+    let report = when_state(&vms, "live", VmState::Running);
+    assert_eq!((report.pid, report.nics.len(), report.changed), (Some(workers[1]), 2, false));
+    when_state(&vms, "fresh", VmState::Running);
+    let heard = network.heard();
+    for wanted in ["plug live.eth1", "serve live 2", "serve configured 1"] {
+        assert!(heard.iter().any(|said| said == wanted), "{heard:?}");
+    }
+    // What an earlier daemon started dies without its status being known.
+    kill_process(pid(workers[0]), Signal::KILL).unwrap();
+    let again = |report: &VmReport| report.restarts == 1 && report.state == VmState::Running;
+    assert_eq!(when(&vms, "configured", again).cmdline, "two");
+}
+
+#[test]
+fn vm_that_died_while_nobody_watched_is_reported_and_started_again_by_policy() {
+    let (dir, _, vms) = start();
+    vms.define(spec("again", json!({}))).unwrap();
+    vms.define(spec("never", json!({ "restart": "never" }))).unwrap();
+    let workers = ["again", "never"].map(|name| {
+        vms.start(name).unwrap();
+        vms.show(name).unwrap().pid.unwrap()
+    });
+    vms.end();
+    drop(vms);
+    for worker in workers {
+        kill_process(pid(worker), Signal::KILL).unwrap();
+    }
+    // They were children of this very process.
+    while rustix::process::wait(rustix::process::WaitOptions::NOHANG).is_ok_and(|ended| ended.is_some()) {}
+    std::thread::sleep(Duration::from_millis(50));
+    let vms = manager(dir.path(), Arc::default());
+    let _broom = Broom(&vms);
+    assert!(vms.begin(Vec::new()).is_empty());
+    when(&vms, "again", |report| report.restarts == 1 && report.state == VmState::Running);
+    let report = vms.show("never").unwrap();
+    assert_eq!(report.state, VmState::Off);
+    assert!(report.reason.unwrap().starts_with("its worker ended while no yardd ran"));
+}

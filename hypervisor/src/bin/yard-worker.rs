@@ -1,0 +1,33 @@
+//! Runs one virtual machine. Started by `yardd`, or by hand with `--standalone`.
+
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use hypervisor::standalone;
+
+/// Runs one virtual machine
+///
+/// Without --standalone it is started by yardd, which hands it all it needs over file descriptor 3.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Run a guest in the foreground, its console on standard input and output, without a switch
+    #[arg(long, requires = "kernel")]
+    standalone: bool,
+    #[command(flatten)]
+    options: Option<standalone::Options>,
+}
+
+fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .without_time()
+        .init();
+    match Arguments::parse() {
+        Arguments { standalone: true, options: Some(options) } => standalone::run(options),
+        _ => anyhow::bail!("started by hand without --standalone"),
+    }
+}

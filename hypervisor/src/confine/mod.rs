@@ -1,0 +1,220 @@
+//! What a worker may still do once it runs a guest: next to nothing.
+//!
+//! [`process`] takes everything from the process that it will not need: descriptors that were not handed to it, privileges,
+//! paths, the network, core dumps. [`thread`] then limits a thread to the system calls of its [`Class`]; a thread and all that
+//! it starts keep the limits of whoever started it, so the main thread becomes [`Class::Control`] before there is another.
+//!
+//! A guest that takes a thread over can compute, and reach its own memory, its own devices and the sockets that its VM has. A
+//! system call outside the list ends the process by SIGSYS. Only opening files fails without that (EACCES): the
+//! C library tries it by itself.
+
+#![forbid(unsafe_code)]
+
+mod filter;
+
+use std::fmt;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr, RulesetStatus, Scope,
+};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getpid, getsid, set_dumpable_behavior, setrlimit, setsid,
+};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+};
+
+pub use filter::Class;
+
+/// Descriptors that a large VM opens at most: 64 processors with two each, and 8 adapters with two for each of
+/// 64 channels, make 1152.
+pub const DESCRIPTORS: u64 = 2048;
+
+/// Newest Landlock interface asked for; an older kernel gives what it has.
+const LANDLOCK: ABI = ABI::V6;
+
+/// What a process keeps.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    /// Descriptors handed over. All others above standard error are closed.
+    pub keep: &'a [BorrowedFd<'a>],
+    /// Descriptors that may be open at once.
+    pub descriptors: u64,
+    /// The process gets a session of its own, without terminal.
+    pub session: bool,
+}
+
+impl Default for Limits<'_> {
+    fn default() -> Self {
+        Self { keep: &[], descriptors: DESCRIPTORS, session: true }
+    }
+}
+
+/// How far [`process`] got where the kernel or the caller's privileges decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Report {
+    /// Version of Landlock's interface in force; none if the kernel has it not, or not switched on.
+    pub landlock: Option<i32>,
+    /// The bounding set is empty. Otherwise the process had no right to change it, and no way to gain from it either.
+    pub bounding: bool,
+    /// The process leads a session of its own.
+    pub session: bool,
+    /// Descriptors closed that nobody handed over.
+    pub closed: usize,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.landlock {
+            Some(level) => write!(f, "confined: Landlock {level}")?,
+            None => f.write_str("confined, without Landlock, which this kernel has not")?,
+        }
+        f.write_str(if self.session { ", own session" } else { ", no session of its own" })?;
+        if !self.bounding {
+            f.write_str(", bounding set as it was")?;
+        }
+        if self.closed > 0 {
+            write!(f, ", {} stray descriptors closed", self.closed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a process or thread is not confined. It must not run a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfineError {
+    /// Other threads would stay as they are.
+    #[error("{0} threads run already; a process is confined while it has one")]
+    Threads(usize),
+    /// [`thread`] comes after [`process`].
+    #[error("a thread is confined after its process")]
+    Order,
+    /// The kernel refuses.
+    #[error("cannot {what}")]
+    Kernel {
+        /// What was to be done.
+        what: &'static str,
+        /// Its reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Landlock is there, but does not take the rules.
+    #[error("cannot close the file system with Landlock")]
+    Landlock(#[from] landlock::RulesetError),
+    /// A filter of system calls is wrong.
+    #[error("cannot compile a filter of system calls")]
+    Filter(#[from] seccompiler::BackendError),
+    /// A filter of system calls is refused.
+    #[error("cannot install a filter of system calls")]
+    Install(#[from] seccompiler::Error),
+}
+
+impl From<ConfineError> for std::io::Error {
+    fn from(error: ConfineError) -> Self {
+        Self::other(error)
+    }
+}
+
+fn kernel<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> ConfineError {
+    move |source| ConfineError::Kernel { what, source: source.into() }
+}
+
+/// Set once the process is confined.
+static CONFINED: AtomicBool = AtomicBool::new(false);
+
+/// Confines the process. To be called when all that came from outside is open and the process still has one thread.
+///
+/// # Errors
+/// Something that must be given up cannot be. The process may be confined in part.
+pub fn process(limits: &Limits<'_>) -> Result<Report, ConfineError> {
+    match std::fs::read_dir("/proc/self/task").map_err(kernel("count threads"))?.count() {
+        1 => {}
+        threads => return Err(ConfineError::Threads(threads)),
+    }
+    let closed = close_strays(limits.keep)?;
+    let no_core = Rlimit { current: Some(0), maximum: Some(0) };
+    setrlimit(Resource::Core, no_core).map_err(kernel("forbid core dumps"))?;
+    let few = Rlimit { current: Some(limits.descriptors), maximum: Some(limits.descriptors) };
+    setrlimit(Resource::Nofile, few).map_err(kernel("limit descriptors"))?;
+    let session = limits.session && own_session()?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(kernel("forbid other processes to look in"))?;
+    set_no_new_privs(true).map_err(kernel("give up new privileges"))?;
+    let bounding = drop_capabilities()?;
+    let landlock = close_file_system()?;
+    filter::refuse_paths()?;
+    CONFINED.store(true, Ordering::SeqCst);
+    Ok(Report { landlock, bounding, session, closed })
+}
+
+/// Limits the calling thread, and all that it starts, to the system calls of `class`.
+///
+/// # Errors
+/// The process is not confined, or the kernel refuses.
+pub fn thread(class: Class) -> Result<(), ConfineError> {
+    if !CONFINED.load(Ordering::SeqCst) {
+        return Err(ConfineError::Order);
+    }
+    filter::limit(class)
+}
+
+/// Closes what was inherited by mistake; returns how much it was.
+fn close_strays(keep: &[BorrowedFd<'_>]) -> Result<usize, ConfineError> {
+    let list = std::fs::read_dir("/proc/self/fd").map_err(kernel("list open descriptors"))?;
+    // One of them is the list itself; it is closed by the time the others are.
+    let open: Vec<RawFd> = list.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    let handed = |fd: RawFd| fd <= 2 || keep.iter().any(|kept| kept.as_raw_fd() == fd);
+    // Nobody in this process owns them: all that it opened itself is in `keep`.
+    Ok(open.into_iter().filter(|&fd| !handed(fd)).filter(|&fd| nix::unistd::close(fd).is_ok()).count())
+}
+
+/// True if the process leads a session. The leader of a process group, as a shell makes one, cannot.
+fn own_session() -> Result<bool, ConfineError> {
+    match setsid() {
+        Ok(_) => Ok(true),
+        Err(rustix::io::Errno::PERM) => Ok(getsid(None).map_err(kernel("find the session"))? == getpid()),
+        Err(error) => Err(kernel("start a session")(error)),
+    }
+}
+
+/// Gives up all capabilities, and those that a program started later could get. False if the bounding set stays.
+fn drop_capabilities() -> Result<bool, ConfineError> {
+    const WHAT: &str = "give up capabilities";
+    clear_ambient_capability_set().map_err(kernel(WHAT))?;
+    let mine = capabilities(None).map_err(kernel(WHAT))?;
+    let bounding = mine.effective.contains(CapabilitySet::SETPCAP);
+    if bounding {
+        for bit in 0..u64::BITS {
+            match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
+                Ok(()) => {}
+                // Beyond the last one that the kernel knows.
+                Err(rustix::io::Errno::INVAL) => break,
+                Err(error) => return Err(kernel(WHAT)(error)),
+            }
+        }
+    }
+    let none = CapabilitySet::empty();
+    let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(None, none).map_err(kernel(WHAT))?;
+    Ok(bounding)
+}
+
+/// No path, no network, no signal to and no abstract socket of anybody else, as far as the kernel has it.
+fn close_file_system() -> Result<Option<i32>, ConfineError> {
+    let rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(LANDLOCK))?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
+        .create()?;
+    let status = rules.restrict_self()?;
+    Ok(match (status.ruleset, status.landlock) {
+        (RulesetStatus::NotEnforced, _) => None,
+        (_, LandlockStatus::Available { effective_abi, .. }) => {
+            Some((effective_abi as i32).min(LANDLOCK as i32))
+        }
+        _ => None,
+    })
+}

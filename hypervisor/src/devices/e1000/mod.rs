@@ -1,0 +1,544 @@
+//! An emulated 82540EM, which every guest has a driver for: Linux' `e1000`, DPDK's PMD. Slow by nature, since a register
+//! access stops the virtual processor; the synthetic adapter is measured against it.
+//!
+//! Frames cross a socket of sequenced packets to the switch, each behind a virtio-net header. Frames to be sent leave on
+//! the virtual processor that wrote the tail register; a thread of the adapter's own receives, and delivers throttled
+//! interrupts. Segmentation and checksums are left to the switch.
+
+mod eeprom;
+#[doc(hidden)]
+pub mod fuzz;
+mod interrupt;
+mod phy;
+mod receive;
+mod registers;
+mod ring;
+mod transmit;
+
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use vmq::doorbell::Doorbell;
+use vmq::memory::GuestMemory;
+
+use self::eeprom::Eeprom;
+use self::interrupt::{Interrupts, Line};
+use self::phy::Phy;
+use self::receive::{Filters, Received};
+use self::registers::*;
+use self::ring::Ring;
+use self::transmit::{LONGEST, Transmitter, VNET};
+use super::bus::InterruptLine;
+use super::pci::{Identity, PciFunction};
+
+pub use self::ring::E1000Fault;
+
+/// Called once with the reason if the guest does what cannot be served; the adapter is dead from then on, until it is
+/// reset.
+pub type OnFault = Box<dyn Fn(&E1000Fault) + Send + Sync>;
+
+/// All that the guest can change.
+#[derive(Debug)]
+struct Core {
+    mac: [u8; 6],
+    control: u32,
+    control_ext: u32,
+    management: u32,
+    vlan_type: u32,
+    transmit_control: u32,
+    packet_buffer: u32,
+    receive_sums: u32,
+    throttle: u32,
+    eeprom: Eeprom,
+    eeprom_read: u32,
+    phy: Phy,
+    filters: Filters,
+    receive: Ring,
+    transmit: Ring,
+    transmitter: Transmitter,
+    interrupts: Interrupts,
+    line: bool,
+    statistics: [u32; ((STATISTICS_END - STATISTICS) / 4) as usize],
+    /// The guest allows access to its memory.
+    master: bool,
+    dead: bool,
+    cable: Option<Arc<OwnedFd>>,
+}
+
+/// The adapter, shared by virtual processors and its thread.
+#[derive(Debug)]
+struct Shared {
+    core: Mutex<Core>,
+    memory: Arc<GuestMemory>,
+    line: Arc<dyn InterruptLine>,
+    /// Wakes the thread: descriptors, a cable, a moment to interrupt, the end.
+    wake: Doorbell,
+    on_fault: Fault,
+}
+
+struct Fault(OnFault);
+
+impl std::fmt::Debug for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnFault")
+    }
+}
+
+/// The adapter as its VM's devices hold it.
+#[derive(Debug, Clone)]
+pub struct E1000(Arc<Shared>);
+
+impl Core {
+    fn new(mac: [u8; 6]) -> Self {
+        let mut filters =
+            Filters { control: 0, addresses: [0; 32], groups: [0; 128], vlans: [0; 128], strip: None };
+        let [a, b, c, d, e, f] = mac;
+        filters.addresses[0] = u32::from_le_bytes([a, b, c, d]);
+        filters.addresses[1] = u32::from(u16::from_le_bytes([e, f])) | 1 << 31;
+        Self {
+            mac,
+            // Full duplex, speed by detection, link forced up.
+            control: 1 | 1 << 6 | 1 << 5 | 1 << 9,
+            control_ext: 0,
+            management: 0,
+            vlan_type: 0,
+            transmit_control: 0,
+            packet_buffer: 0x0010_0030,
+            receive_sums: 0,
+            throttle: 0,
+            eeprom: Eeprom::new(mac),
+            eeprom_read: 0,
+            phy: Phy::default(),
+            filters,
+            receive: Ring::default(),
+            transmit: Ring::default(),
+            transmitter: Transmitter::default(),
+            interrupts: Interrupts::default(),
+            line: false,
+            statistics: [0; 64],
+            master: false,
+            dead: false,
+            cable: None,
+        }
+    }
+
+    /// As after power-on; cable and permission stay.
+    fn reset(&mut self) {
+        let fresh = Self::new(self.mac);
+        let (cable, master, line) = (self.cable.take(), self.master, self.line);
+        *self = Self { cable, master, line, ..fresh };
+        self.phy.set_link(self.cable.is_some());
+    }
+
+    fn count(&mut self, register: u32, by: u32) {
+        let cell = &mut self.statistics[((register - STATISTICS) / 4) as usize];
+        *cell = cell.saturating_add(by);
+    }
+
+    fn count_bytes(&mut self, register: u32, by: usize) {
+        let at = ((register - STATISTICS) / 4) as usize;
+        let wide = u64::from(self.statistics[at + 1]) << 32 | u64::from(self.statistics[at]);
+        let [a, b, c, d, e, f, g, h] = wide.saturating_add(by as u64).to_le_bytes();
+        self.statistics[at] = u32::from_le_bytes([a, b, c, d]);
+        self.statistics[at + 1] = u32::from_le_bytes([e, f, g, h]);
+    }
+
+    fn status(&self) -> u32 {
+        STATUS_FD | STATUS_1000 | if self.cable.is_some() { STATUS_LU } else { 0 }
+    }
+
+    fn read(&mut self, register: u32) -> u32 {
+        let low = |base: u64| (base & 0xffff_ffff) as u32;
+        let high = |base: u64| (base >> 32) as u32;
+        match register {
+            CTRL => self.control,
+            STATUS => self.status(),
+            EECD => self.eeprom.read(),
+            EERD => self.eeprom_read,
+            CTRL_EXT => self.control_ext,
+            MDIC => self.management,
+            VET => self.vlan_type,
+            ICR => self.interrupts.take(),
+            ITR => self.throttle,
+            IMS => self.interrupts.mask(),
+            RCTL => self.filters.control,
+            TCTL => self.transmit_control,
+            PBA => self.packet_buffer,
+            RDBAL => low(self.receive.base),
+            RDBAH => high(self.receive.base),
+            RDLEN => self.receive.bytes,
+            RDH => self.receive.head,
+            RDT => self.receive.tail,
+            TDBAL => low(self.transmit.base),
+            TDBAH => high(self.transmit.base),
+            TDLEN => self.transmit.bytes,
+            TDH => self.transmit.head,
+            TDT => self.transmit.tail,
+            RXCSUM => self.receive_sums,
+            STATISTICS..STATISTICS_END => {
+                std::mem::take(&mut self.statistics[((register - STATISTICS) / 4) as usize])
+            }
+            _ => table(&mut self.filters, register).map_or(0, |word| *word),
+        }
+    }
+
+    /// Writes a register; true if the transmitter has something to do.
+    fn write(&mut self, register: u32, value: u32) -> bool {
+        let set_low = |base: u64| base & !0xffff_ffff | u64::from(value & !15);
+        let set_high = |base: u64| base & 0xffff_ffff | u64::from(value) << 32;
+        match register {
+            CTRL if value & CTRL_RST != 0 => self.reset(),
+            CTRL => {
+                self.control = value & !CTRL_PHY_RST;
+                if value & CTRL_PHY_RST != 0 {
+                    self.phy.write(0, 1 << 15);
+                }
+                self.set_strip();
+            }
+            EECD => self.eeprom.write(value),
+            EERD if value & 1 != 0 => {
+                let word = self.eeprom.word((value >> 8 & 0xff) as usize);
+                self.eeprom_read = u32::from(word) << 16 | value & 0xff00 | 1 << 4;
+            }
+            CTRL_EXT => self.control_ext = value,
+            MDIC => self.manage(value),
+            VET => {
+                self.vlan_type = value & 0xffff;
+                self.set_strip();
+            }
+            ICR => self.interrupts.clear(value),
+            ITR => {
+                self.throttle = value & 0xffff;
+                self.interrupts.throttle(value);
+            }
+            ICS => self.interrupts.raise(value),
+            IMS => self.interrupts.enable(value),
+            IMC => self.interrupts.disable(value),
+            RCTL => self.filters.control = value,
+            TCTL => {
+                self.transmit_control = value;
+                return true;
+            }
+            PBA => self.packet_buffer = value,
+            RDBAL => self.receive.base = set_low(self.receive.base),
+            RDBAH => self.receive.base = set_high(self.receive.base),
+            RDLEN => self.receive.bytes = value & 0xf_ff80,
+            RDH => self.receive.head = value & 0xffff,
+            RDT => self.receive.tail = value & 0xffff,
+            TDBAL => self.transmit.base = set_low(self.transmit.base),
+            TDBAH => self.transmit.base = set_high(self.transmit.base),
+            TDLEN => self.transmit.bytes = value & 0xf_ff80,
+            TDH => self.transmit.head = value & 0xffff,
+            TDT => {
+                self.transmit.tail = value & 0xffff;
+                return true;
+            }
+            RXCSUM => self.receive_sums = value,
+            _ => {
+                if let Some(word) = table(&mut self.filters, register) {
+                    *word = value;
+                }
+            }
+        }
+        false
+    }
+
+    fn set_strip(&mut self) {
+        // The register says 0x8100 unless the driver says otherwise.
+        let kind = u16::try_from(self.vlan_type).ok().filter(|&kind| kind != 0).unwrap_or(0x8100);
+        self.filters.strip = (self.control & CTRL_VME != 0).then_some(kind);
+    }
+
+    /// Reads or writes a register of the transceiver (manual, section 13.4.8).
+    fn manage(&mut self, value: u32) {
+        let (register, address, operation) = (value >> 16 & 31, value >> 21 & 31, value >> 26 & 3);
+        self.management = value & 0x0fff_ffff | MDIC_READY;
+        match (address, operation) {
+            (phy::ADDRESS, 2) => {
+                self.management = self.management & !0xffff | u32::from(self.phy.read(register));
+            }
+            (phy::ADDRESS, 1) => self.phy.write(register, u16::try_from(value & 0xffff).unwrap_or(0)),
+            _ => self.management |= MDIC_ERROR,
+        }
+    }
+
+    fn transmits(&self) -> bool {
+        self.transmit_control & TCTL_EN != 0 && self.master && !self.dead
+    }
+
+    fn receives(&self) -> bool {
+        self.filters.control & RCTL_EN != 0 && self.master && !self.dead
+    }
+
+    /// Sends what the guest gave.
+    fn transmit(&mut self, memory: &GuestMemory) -> Result<(), E1000Fault> {
+        let cable = self.cable.clone();
+        let tag = self.filters.strip;
+        let mut transmitter = std::mem::take(&mut self.transmitter);
+        let mut ring = self.transmit;
+        let mut send = |bytes: &[u8]| {
+            let len = bytes.len() - VNET;
+            if let Some(cable) = &cable {
+                // A full socket is a congested wire: the frame is lost, as frames are.
+                let _ = rustix::io::retry_on_intr(|| rustix::io::write(cable, bytes));
+            }
+            self.sent(&bytes[VNET..], len);
+        };
+        let turn = transmitter.run(memory, &mut ring, tag, &mut send);
+        (self.transmitter, self.transmit) = (transmitter, ring);
+        let turn = turn?;
+        self.count(TSCTC, turn.segmentations);
+        let written_back = if turn.reported { CAUSE_TXDW } else { 0 };
+        self.interrupts.raise(written_back | CAUSE_TXQE);
+        Ok(())
+    }
+
+    fn sent(&mut self, frame: &[u8], len: usize) {
+        [GPTC, TPT].into_iter().for_each(|register| self.count(register, 1));
+        [GOTC, TOT].into_iter().for_each(|register| self.count_bytes(register, len));
+        match frame.first_chunk::<6>() {
+            Some([0xff, 0xff, 0xff, 0xff, 0xff, 0xff]) => self.count(BPTC, 1),
+            Some([first, ..]) if first & 1 != 0 => self.count(MPTC, 1),
+            _ => {}
+        }
+    }
+
+    /// Puts a frame, behind its virtio-net header, into the ring.
+    fn receive(&mut self, memory: &GuestMemory, message: &mut Vec<u8>) -> Result<(), E1000Fault> {
+        if message.len() < VNET + 14 {
+            return Ok(());
+        }
+        // The only thing that the switch may say: the checksum was verified.
+        let verified = message[0] & 2 != 0;
+        let (first, rest) = (message[VNET], message.len() - VNET);
+        let to_all = message[VNET..VNET + 6] == [0xff; 6];
+        message.drain(..VNET);
+        let mut ring = self.receive;
+        let received = receive::store(memory, &mut ring, &self.filters, message, verified)?;
+        self.receive = ring;
+        match received {
+            Received::Stored => {
+                [GPRC, TPR].into_iter().for_each(|register| self.count(register, 1));
+                [GORC, TOR].into_iter().for_each(|register| self.count_bytes(register, rest));
+                if to_all {
+                    self.count(BPRC, 1);
+                } else if first & 1 != 0 {
+                    self.count(MPRC, 1);
+                }
+                let few = ring.available() <= self.filters.few(ring.count());
+                self.interrupts.raise(CAUSE_RXT0 | if few { CAUSE_RXDMT0 } else { 0 });
+            }
+            Received::NoRoom => {
+                self.count(MPC, 1);
+                self.interrupts.raise(CAUSE_RXO);
+            }
+            Received::Filtered => {}
+        }
+        Ok(())
+    }
+}
+
+/// The word of a table that `register` is.
+fn table(filters: &mut Filters, register: u32) -> Option<&mut u32> {
+    let at = |base: u32| ((register - base) / 4) as usize;
+    match register {
+        MTA..0x5400 => filters.groups.get_mut(at(MTA)),
+        RA..0x5480 => filters.addresses.get_mut(at(RA)),
+        VFTA..0x5800 => filters.vlans.get_mut(at(VFTA)),
+        _ => None,
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings the interrupt line up to date. Returns when it has to be looked at again.
+    fn update_line(&self, core: &mut Core) -> Option<Instant> {
+        let line = core.interrupts.line(Instant::now(), core.line);
+        let (high, again) = match line {
+            Line::Low => (false, None),
+            Line::High => (true, None),
+            Line::At(moment) => (false, Some(moment)),
+        };
+        if core.line != high {
+            core.line = high;
+            self.line.set(high);
+        }
+        again
+    }
+
+    /// Does what came of an access or a frame.
+    fn settle(&self, core: &mut Core, outcome: Result<(), E1000Fault>) -> Option<Instant> {
+        if let Err(fault) = outcome
+            && !core.dead
+        {
+            core.dead = true;
+            tracing::warn!(%fault, "emulated adapter stopped");
+            (self.on_fault.0)(&fault);
+        }
+        self.update_line(core)
+    }
+
+    /// The adapter's thread: frames from the cable, and interrupts when their time has come.
+    fn run(&self) -> ! {
+        let mut message = Vec::with_capacity(VNET + LONGEST);
+        let mut again = None;
+        loop {
+            let cable = {
+                let core = self.lock();
+                core.cable.clone().filter(|_| core.receives() && core.receive.available() > 0)
+            };
+            self.wait(cable.as_deref(), again);
+            let mut core = self.lock();
+            // Gone while we slept, or still the same: a stale one is only read for nothing.
+            let outcome = match (&cable, core.receives()) {
+                (Some(cable), true) => self.take_frames(&mut core, cable, &mut message),
+                _ => Ok(()),
+            };
+            again = self.settle(&mut core, outcome);
+        }
+    }
+
+    /// Frames in a row before the lock is given up.
+    const BATCH: usize = 64;
+
+    fn take_frames(&self, core: &mut Core, cable: &OwnedFd, message: &mut Vec<u8>) -> Result<(), E1000Fault> {
+        for _ in 0..Self::BATCH {
+            if core.receive.available() == 0 {
+                break;
+            }
+            message.clear();
+            message.resize(VNET + LONGEST, 0);
+            match rustix::io::read(cable, &mut **message) {
+                Ok(0) => {
+                    core.cable = None;
+                    core.phy.set_link(false);
+                    core.interrupts.raise(CAUSE_LSC);
+                    break;
+                }
+                Ok(len) => message.truncate(len),
+                Err(Errno::INTR) => continue,
+                Err(_) => break,
+            }
+            core.receive(&self.memory, message)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the cable, a wake-up or a moment.
+    fn wait(&self, cable: Option<&OwnedFd>, until: Option<Instant>) {
+        let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
+        fds.extend(cable.map(|cable| PollFd::new(cable, PollFlags::IN)));
+        let timeout =
+            until.and_then(|until| Timespec::try_from(until.saturating_duration_since(Instant::now())).ok());
+        // Interrupted or not: everything is looked at again.
+        let _ = poll(&mut fds, timeout.as_ref());
+        self.wake.clear();
+    }
+}
+
+impl E1000 {
+    /// An adapter with the given station address, without cable. Its thread is the caller's to start with
+    /// [`E1000::run`].
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new(
+        mac: [u8; 6],
+        memory: Arc<GuestMemory>,
+        line: Arc<dyn InterruptLine>,
+        on_fault: OnFault,
+    ) -> std::io::Result<Self> {
+        let mut core = Core::new(mac);
+        core.phy.set_link(false);
+        let (core, wake, on_fault) = (Mutex::new(core), Doorbell::new()?, Fault(on_fault));
+        Ok(Self(Arc::new(Shared { core, memory, line, wake, on_fault })))
+    }
+
+    /// Serves the adapter; runs for as long as the process.
+    pub fn run(&self) -> ! {
+        self.0.run()
+    }
+
+    /// Connects the cable: one end of a pair of sequenced packets. A cable from before is pulled.
+    pub fn connect(&self, cable: OwnedFd) {
+        let _ = rustix::io::ioctl_fionbio(&cable, true);
+        let mut core = self.0.lock();
+        core.cable = Some(Arc::new(cable));
+        core.phy.set_link(true);
+        core.interrupts.raise(CAUSE_LSC);
+        self.0.update_line(&mut core);
+        drop(core);
+        self.0.wake.ring();
+    }
+
+    /// True once a driver receives.
+    pub fn is_running(&self) -> bool {
+        self.0.lock().receives()
+    }
+
+    /// True while the cable is connected.
+    pub fn is_connected(&self) -> bool {
+        self.0.lock().cable.is_some()
+    }
+
+    /// As the machine's reset button.
+    pub fn reset(&self) {
+        let mut core = self.0.lock();
+        core.reset();
+        self.0.update_line(&mut core);
+    }
+}
+
+impl PciFunction for E1000 {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: 0x8086,
+            device: 0x100e,
+            class: 0x02_00_00,
+            revision: 3,
+            subsystem: (0x8086, 0x001e),
+        }
+    }
+
+    fn bars(&self) -> [u32; 6] {
+        [END, 0, 0, 0, 0, 0]
+    }
+
+    fn read(&self, _: usize, offset: u32, data: &mut [u8]) {
+        let mut core = self.0.lock();
+        let value = core.read(offset & !3).to_le_bytes();
+        self.0.update_line(&mut core);
+        let start = (offset & 3) as usize;
+        for (byte, from) in data.iter_mut().zip(value.iter().skip(start)) {
+            *byte = *from;
+        }
+    }
+
+    fn write(&self, _: usize, offset: u32, data: &[u8]) {
+        // Registers are written as a whole (manual, section 13.2).
+        let (Some(&value), 0) = (data.first_chunk::<4>(), offset & 3) else { return };
+        let mut core = self.0.lock();
+        let kick = core.write(offset, u32::from_le_bytes(value));
+        let outcome = if kick && core.transmits() { core.transmit(&self.0.memory) } else { Ok(()) };
+        let again = self.0.settle(&mut core, outcome);
+        // The thread looks after descriptors, and after interrupts that are to wait.
+        if again.is_some() || matches!(offset, RDT | RCTL) {
+            drop(core);
+            self.0.wake.ring();
+        }
+    }
+
+    fn set_master(&self, on: bool) {
+        self.0.lock().master = on;
+        self.0.wake.ring();
+    }
+}

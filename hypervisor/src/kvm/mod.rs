@@ -1,0 +1,190 @@
+//! The edge to KVM: everything that takes an ioctl of its own or a pointer, so that the rest of the crate needs neither.
+
+// UNSAFETY: registers memory with KVM, issues ioctls that `kvm-ioctls` does not wrap, and maps the run page of processors.
+#![allow(unsafe_code)]
+
+mod exit;
+mod kick;
+mod vm;
+
+use std::ffi::c_ulong;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_HYPERV, KVM_CAP_HYPERV_CPUID, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2,
+    KVM_CAP_HYPERV_TIME, KVM_CAP_HYPERV_VP_INDEX, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING,
+    KVM_CAP_IRQCHIP, KVM_CAP_IRQFD, KVM_CAP_MAX_VCPUS, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY,
+    KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES,
+};
+use kvm_ioctls::Kvm;
+
+pub use exit::{Hyperv, internal_error, take_hyperv};
+pub use kick::{Kick, install_signal};
+pub(crate) use vm::MSR_CRASH_CTL;
+pub use vm::{EventId, Gsi, IOAPIC_PINS, Vm};
+
+/// Version of the KVM interface since Linux 2.6.22.
+const API_VERSION: i32 = 12;
+
+/// Why there is no partition.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The descriptor is not `/dev/kvm`, or a very old one.
+    #[error("the descriptor handed over is not /dev/kvm: KVM interface version {0}, not {API_VERSION}")]
+    Version(i32),
+    /// The host's KVM lacks something.
+    #[error("this host's KVM lacks {name} ({what}); Linux {since} or later has it")]
+    Missing {
+        /// The capability's name in the kernel's interface.
+        name: &'static str,
+        /// What it is for.
+        what: &'static str,
+        /// First kernel that has it.
+        since: &'static str,
+    },
+    /// More processors than KVM allows.
+    #[error("{asked} virtual processors asked for, KVM allows {most}")]
+    TooManyProcessors {
+        /// Asked for.
+        asked: u32,
+        /// Most.
+        most: u32,
+    },
+    /// An ioctl failed.
+    #[error("KVM refuses to {what}")]
+    Ioctl {
+        /// What was to be done.
+        what: &'static str,
+        /// The kernel's reason.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Turns the error of a `kvm-ioctls` call into ours.
+pub(crate) fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Ioctl { what, source: error.into() }
+}
+
+/// A capability without which a partition cannot look like a Hyper-V machine.
+const NEEDED: &[(u32, &str, &str, &str)] = &[
+    (KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "guest memory", "2.6.26"),
+    (KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP", "interrupt controllers in the kernel", "2.6.20"),
+    (KVM_CAP_IRQ_ROUTING, "KVM_CAP_IRQ_ROUTING", "interrupt routes", "2.6.30"),
+    (KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "interrupts by eventfd", "2.6.32"),
+    (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "pausing processors", "4.12"),
+    (KVM_CAP_HYPERV, "KVM_CAP_HYPERV", "Hyper-V registers", "2.6.34"),
+    (KVM_CAP_HYPERV_TIME, "KVM_CAP_HYPERV_TIME", "reference time", "3.14"),
+    (KVM_CAP_HYPERV_SYNIC2, "KVM_CAP_HYPERV_SYNIC2", "synthetic interrupt controller", "4.13"),
+    (KVM_CAP_HYPERV_VP_INDEX, "KVM_CAP_HYPERV_VP_INDEX", "virtual processor index", "4.13"),
+    (KVM_CAP_HYPERV_EVENTFD, "KVM_CAP_HYPERV_EVENTFD", "signal-event hypercalls by eventfd", "4.17"),
+    (KVM_CAP_HYPERV_CPUID, "KVM_CAP_HYPERV_CPUID", "list of Hyper-V features", "5.0"),
+];
+
+/// An opened `/dev/kvm` that has all that is needed.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+    /// Crash registers can be handled here rather than in the kernel, which knows no crash messages.
+    pub msr_filter: bool,
+    /// Guests can be told of the local timer's deadline mode.
+    pub deadline_timer: bool,
+}
+
+impl Host {
+    /// Takes over an opened `/dev/kvm` and checks what it can.
+    ///
+    /// # Errors
+    /// [`KvmError::Missing`] names the first capability that is not there.
+    pub fn new(fd: OwnedFd, processors: u32) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is owned and open; the `Kvm` takes its ownership. If it is some other file, the first
+        // ioctl fails.
+        let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+        let version = kvm.get_api_version();
+        if version != API_VERSION {
+            return Err(KvmError::Version(version));
+        }
+        for &(number, name, what, since) in NEEDED {
+            if kvm.check_extension_raw(c_ulong::from(number)) <= 0 {
+                return Err(KvmError::Missing { name, what, since });
+            }
+        }
+        let has = |number: u32| kvm.check_extension_raw(c_ulong::from(number)) > 0;
+        let most = u32::try_from(kvm.check_extension_raw(c_ulong::from(KVM_CAP_MAX_VCPUS))).unwrap_or(0);
+        if processors > most {
+            return Err(KvmError::TooManyProcessors { asked: processors, most });
+        }
+        let msr_filter = has(KVM_CAP_X86_USER_SPACE_MSR) && has(KVM_CAP_X86_MSR_FILTER);
+        let deadline_timer = has(KVM_CAP_TSC_DEADLINE_TIMER);
+        Ok(Self { kvm, msr_filter, deadline_timer })
+    }
+
+    /// Processor features that KVM can give to guests here.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("list processor features"))
+    }
+
+    /// Hyper-V features that KVM can give to guests here (leaves 0x40000000 and up).
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn supported_hyperv_cpuid(&self) -> Result<CpuId, KvmError> {
+        let failed = |source| KvmError::Ioctl { what: "list Hyper-V features", source };
+        let mut list =
+            CpuId::new(HYPERV_LEAVES).map_err(|error| failed(std::io::Error::other(format!("{error:?}"))))?;
+        let request = opcode(READ_WRITE, 0xc1, size_of::<kvm_bindings::kvm_cpuid2>());
+        // SAFETY: the pointer leads to a `kvm_cpuid2` with room for as many entries as its `nent` says, which the kernel
+        // fills and does not exceed.
+        let result = unsafe { libc::ioctl(raw(&self.kvm), request, list.as_mut_fam_struct_ptr()) };
+        check(result).map_err(failed)?;
+        Ok(list)
+    }
+
+    /// A virtual machine without memory or processors.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn create_vm(&self) -> Result<kvm_ioctls::VmFd, KvmError> {
+        self.kvm.create_vm().map_err(failed("create a virtual machine"))
+    }
+}
+
+/// Leaves that the kernel may list: twelve in Linux 6.12.
+const HYPERV_LEAVES: usize = 64;
+
+const WRITE: u64 = 1;
+const READ_WRITE: u64 = 3;
+
+/// Number of an ioctl of KVM (`_IOC` of the kernel's `ioctl.h`, group 0xAE).
+const fn opcode(direction: u64, number: u64, size: usize) -> c_ulong {
+    (direction << 30) | ((size as u64) << 16) | (0xae << 8) | number
+}
+
+fn raw(fd: &impl std::os::fd::AsRawFd) -> i32 {
+    fd.as_raw_fd()
+}
+
+fn check(result: i32) -> std::io::Result<()> {
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ioctl_numbers_are_those_of_the_kernel_headers() {
+        assert_eq!(opcode(READ_WRITE, 0xc1, 8), 0xc008_aec1);
+        assert_eq!(opcode(WRITE, 0x76, size_of::<kvm_bindings::kvm_irqfd>()), 0x4020_ae76);
+        assert_eq!(opcode(WRITE, 0xbd, size_of::<kvm_bindings::kvm_hyperv_eventfd>()), 0x4018_aebd);
+    }
+
+    #[test]
+    fn descriptor_that_is_not_kvm_is_refused() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(Host::new(file.into(), 1), Err(KvmError::Version(_))));
+    }
+}

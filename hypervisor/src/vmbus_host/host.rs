@@ -1,0 +1,435 @@
+//! The thread: takes what guest, switch and worker say, and carries out the root's actions.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use vmbus::channel::{Interrupt, OpenChannel};
+use vmbus::guid::{Guid, interface};
+use vmbus::handover::{FromVmm, MemoryRegion};
+use vmbus::pages::Pages;
+use vmbus::protocol::Version;
+use vmbus::root::replay::Item;
+use vmbus::root::{Action, ChannelKey, DeviceId, GpadlId, OfferSpec, Root, RootConfig};
+
+use super::nics::Device;
+use super::switch::Link;
+use super::wires::Wires;
+use super::{Ask, Inbox, Message, OnFault, Report};
+use crate::control::{Nic, NicKind};
+use crate::memory::Memory;
+use crate::services::pump::Pump;
+use crate::synic::Posted;
+
+/// Messages to the guest that wait while more of its own are taken in.
+const OUTBOX: usize = 256;
+
+/// First and longest time between looks at a message slot that the guest has not emptied.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
+
+/// A switch that has not let go of the guest's memory after this time is cut off.
+const LET_GO: Duration = Duration::from_secs(5);
+
+/// An integration service's device.
+#[derive(Debug)]
+struct Service {
+    instance: Guid,
+    gpadls: BTreeMap<GpadlId, Pages>,
+    interrupt: Option<Interrupt>,
+}
+
+/// Everything that VMBus of one guest consists of.
+pub(super) struct Host {
+    pub(super) root: Root,
+    pub(super) wires: Wires,
+    pub(super) nics: BTreeMap<DeviceId, Device>,
+    pub(super) switch: Option<Link>,
+    memory: Arc<Memory>,
+    pump: Arc<Pump>,
+    services: BTreeMap<DeviceId, Service>,
+    inbox: Arc<Inbox>,
+    outbox: VecDeque<(u32, Vec<u8>)>,
+    wait: Duration,
+    /// The guest unloads or was reset: until when the switch has time to let go.
+    pub(super) draining: Option<Instant>,
+    detached: Vec<Sender<()>>,
+    pub(super) on_fault: OnFault,
+}
+
+impl Host {
+    pub fn new(
+        memory: Arc<Memory>,
+        vcpus: u32,
+        pump: Arc<Pump>,
+        inbox: Arc<Inbox>,
+        on_fault: OnFault,
+    ) -> Self {
+        let mut host = Self {
+            root: Root::new(RootConfig::new(Version::V5_3, vcpus)),
+            wires: Wires::default(),
+            nics: BTreeMap::new(),
+            switch: None,
+            memory,
+            pump,
+            services: BTreeMap::new(),
+            inbox,
+            outbox: VecDeque::new(),
+            wait: LOOK_AGAIN.0,
+            draining: None,
+            detached: Vec::new(),
+            on_fault,
+        };
+        for (interface, instance) in host.pump.devices().to_vec() {
+            let spec = OfferSpec { interface, instance, subchannels_max: 0, pipe: true };
+            match host.root.offer(spec) {
+                Ok(id) => {
+                    let service = Service { instance, gpadls: BTreeMap::new(), interrupt: None };
+                    host.services.insert(id, service);
+                }
+                Err(error) => tracing::error!(%error, "integration service cannot be offered"),
+            }
+        }
+        host
+    }
+
+    pub fn run(mut self, asks: &Receiver<Ask>) {
+        loop {
+            let ask = match self.timeout() {
+                None => asks.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(timeout) => asks.recv_timeout(timeout),
+            };
+            match ask {
+                Ok(Ask::End) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(ask) => self.take(ask),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            self.work();
+        }
+        self.wires.detach();
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let drained = self.draining.map(|until| until.saturating_duration_since(Instant::now()));
+        let posted = (!self.outbox.is_empty()).then_some(self.wait);
+        drained.into_iter().chain(posted).min()
+    }
+
+    fn take(&mut self, ask: Ask) {
+        match ask {
+            Ask::Messages | Ask::End => {}
+            Ask::SynicChanged(vp) => {
+                for key in self.wires.of(vp) {
+                    self.retarget(key, vp);
+                }
+            }
+            Ask::Attach(machine) => self.wires.attach(machine),
+            Ask::Detach(done) => {
+                self.inbox.clear();
+                self.root.reset();
+                self.detached.push(done);
+            }
+            Ask::AddNic(nic, done) => {
+                let _ = done.send(self.add_nic(nic));
+            }
+            Ask::RemoveNic(name, done) => {
+                let _ = done.send(self.remove_nic(&name));
+            }
+            Ask::Report(to) => {
+                let _ = to.send(self.report());
+            }
+            Ask::SwitchCame(link) => self.greet(link),
+            Ask::SwitchSaid(number, said) => self.hear(number, said),
+            Ask::SwitchLeft(number) => self.switch_left(number),
+        }
+    }
+
+    /// Does all there is to do.
+    fn work(&mut self) {
+        loop {
+            self.act();
+            self.deliver();
+            if self.outbox.len() >= OUTBOX || self.draining.is_some() {
+                break;
+            }
+            let Some(Message { connection, payload }) = self.inbox.pop() else { break };
+            if let Err(error) = self.root.message(connection, &payload) {
+                tracing::debug!(%error, "message of the guest refused");
+            }
+        }
+        if self.draining.is_some_and(|until| until <= Instant::now()) {
+            tracing::warn!("the switch does not let go of the guest's memory; its connection is ended");
+            if let Some(link) = self.switch.clone() {
+                link.end();
+                self.switch_left(link.number);
+            }
+            self.act();
+        }
+        if self.draining.is_none() && !self.detached.is_empty() {
+            self.pump.reset();
+            self.wires.detach();
+            self.outbox.clear();
+            for done in self.detached.drain(..) {
+                let _ = done.send(());
+            }
+        }
+    }
+
+    fn act(&mut self) {
+        loop {
+            while let Some(action) = self.root.next_action() {
+                self.carry_out(action);
+            }
+            let idle = self.nics.values().all(Device::is_idle);
+            if self.draining.is_none() || !idle {
+                return;
+            }
+            self.draining = None;
+            self.root.unloaded();
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Post { vp, payload } => self.outbox.push_back((vp, payload)),
+            Action::Gpadl { device, gpadl, byte_count, byte_offset, pfns } => {
+                if let Some(service) = self.services.get_mut(&device) {
+                    let pages = Pages::new(self.memory.guest(), &pfns);
+                    let ok = pages.map(|pages| service.gpadls.insert(gpadl, pages)).is_ok();
+                    self.root.gpadl_accepted(device, gpadl, ok);
+                } else {
+                    self.give_gpadl(device, gpadl, byte_count, byte_offset, pfns);
+                }
+            }
+            Action::GpadlTeardown { device, gpadl } => {
+                if let Some(service) = self.services.get_mut(&device) {
+                    service.gpadls.remove(&gpadl);
+                    self.root.gpadl_released(device, gpadl);
+                } else {
+                    self.ask_for_gpadl(device, gpadl);
+                }
+            }
+            Action::Open { channel, relid, connection, gpadl, downstream_page, vp, .. } => {
+                if self.wires.tie(channel, relid, connection, vp).is_none() {
+                    self.root.opened(channel, false);
+                } else if self.services.contains_key(&channel.device) {
+                    let ok = self.open_service(channel, gpadl, downstream_page).is_some();
+                    if !ok {
+                        self.wires.untie(channel);
+                    }
+                    self.root.opened(channel, ok);
+                } else {
+                    self.give_channel(channel, relid, gpadl, downstream_page, false);
+                }
+            }
+            Action::Close { channel } => {
+                if let Some(service) = self.services.get_mut(&channel.device) {
+                    service.interrupt = None;
+                    self.pump.close(service.instance);
+                    self.wires.untie(channel);
+                    self.root.closed(channel);
+                } else {
+                    self.ask_for_channel(channel);
+                }
+            }
+            Action::Modify { channel, vp } => {
+                self.retarget(channel, vp);
+                self.root.modified(channel);
+            }
+            Action::Reset => self.drain(),
+            Action::Gone { device } => {
+                self.nics.remove(&device);
+                self.tell(&FromVmm::Gone { device: device.0 });
+            }
+        }
+    }
+
+    /// Hands messages to the guest, in order, as it takes them.
+    fn deliver(&mut self) {
+        while let Some((vp, payload)) = self.outbox.front() {
+            let posted = match self.wires.machine() {
+                Some(machine) => machine.synic.post(*vp, payload, self.outbox.len() > 1),
+                None => Posted::Off,
+            };
+            match posted {
+                Posted::Done => {
+                    self.outbox.pop_front();
+                    self.wait = LOOK_AGAIN.0;
+                }
+                // A processor without a message page: who listened there does so no more.
+                Posted::Off => drop(self.outbox.pop_front()),
+                Posted::Busy => {
+                    self.wait = (self.wait * 2).min(LOOK_AGAIN.1);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn open_service(&mut self, key: ChannelKey, gpadl: GpadlId, downstream_page: u32) -> Option<()> {
+        let (target, wire) = (self.wires.target(key)?, self.wires.get(key)?);
+        let service = self.services.get_mut(&key.device)?;
+        let interrupt = Interrupt::new(self.memory.guest(), target).ok()?;
+        let (pages, doorbell) = (service.gpadls.get(&gpadl)?, Arc::clone(&wire.doorbell));
+        let channel = OpenChannel::new(pages, downstream_page, doorbell, interrupt.clone(), true).ok()?;
+        service.interrupt = Some(interrupt);
+        self.pump.open(service.instance, channel).ok()
+    }
+
+    fn retarget(&mut self, key: ChannelKey, vp: u32) {
+        if !self.wires.retarget(key, vp) {
+            return;
+        }
+        let Some(target) = self.wires.target(key) else { return };
+        if let Some(service) = self.services.get(&key.device) {
+            if let Some(Err(error)) = service.interrupt.as_ref().map(|interrupt| interrupt.retarget(target)) {
+                tracing::warn!(%error, %key, "interrupts stay where they were");
+            }
+        } else {
+            self.tell(&FromVmm::Retarget { device: key.device.0, index: key.index, vp, target });
+        }
+    }
+
+    /// Everything of the guest's is let go; the switch may need some time.
+    fn drain(&mut self) {
+        self.outbox.clear();
+        for service in self.services.values_mut() {
+            if service.interrupt.take().is_some() {
+                self.pump.close(service.instance);
+            }
+            service.gpadls.clear();
+        }
+        self.wires.clear();
+        for (&id, device) in &mut self.nics {
+            for message in device.let_go(id) {
+                if let Some(link) = &self.switch {
+                    link.send(&message);
+                }
+            }
+        }
+        self.draining = Some(Instant::now() + LET_GO);
+    }
+
+    fn add_nic(&mut self, nic: Nic) -> Result<(), String> {
+        if nic.kind != NicKind::Synthetic {
+            return Err("a legacy adapter can only be there from the start".into());
+        }
+        if self.nics.values().any(|device| !device.leaving && device.nic.name == nic.name) {
+            return Err(format!("there is an adapter {} already", nic.name));
+        }
+        let subchannels_max = nic.queues.saturating_sub(1);
+        let mut device = Device::new(nic)?;
+        let spec =
+            OfferSpec { interface: interface::NIC, instance: device.instance, subchannels_max, pipe: false };
+        let id = self.root.offer(spec).map_err(|error| error.to_string())?;
+        if let Some(link) = &self.switch
+            && let Some(introduction) = device.introduction(id)
+        {
+            link.send(&introduction);
+        }
+        self.nics.insert(id, device);
+        Ok(())
+    }
+
+    fn remove_nic(&mut self, name: &str) -> Result<(), String> {
+        let found = self.nics.iter_mut().find(|(_, device)| !device.leaving && device.nic.name == name);
+        let Some((&id, device)) = found else { return Err(format!("there is no adapter {name}")) };
+        device.leaving = true;
+        self.root.withdraw(id);
+        Ok(())
+    }
+
+    fn report(&self) -> Report {
+        let open: Vec<ChannelKey> = self.root.open_channels().collect();
+        let channels = |id: DeviceId| {
+            u16::try_from(open.iter().filter(|key| key.device == id).count()).unwrap_or(u16::MAX)
+        };
+        let here = || self.nics.iter().filter(|(_, device)| !device.leaving);
+        let connected = self.switch.is_some();
+        Report {
+            root: self.root.describe(),
+            nics: here().map(|(&id, device)| device.status(connected, channels(id))).collect(),
+            faults: here()
+                .filter_map(|(_, device)| Some((device.nic.name.clone(), device.fault.clone()?)))
+                .collect(),
+        }
+    }
+
+    /// A switch connected: tells it everything.
+    fn greet(&mut self, link: Link) {
+        if let Some(old) = self.switch.take() {
+            old.end();
+            self.forget_switch();
+        }
+        let regions = self.memory.regions().into_iter();
+        let regions = regions.map(|(gpa, len, offset)| MemoryRegion { gpa, len, offset }).collect();
+        let Ok(fd) = self.memory.fd().try_clone_to_owned() else { return link.end() };
+        link.send(&FromVmm::Hello { version: vmbus::handover::VERSION });
+        link.send(&FromVmm::Memory { regions, fd });
+        self.switch = Some(link);
+        for id in self.nics.keys().copied().collect::<Vec<_>>() {
+            self.introduce(id);
+        }
+        self.tell(&FromVmm::Ready);
+    }
+
+    fn introduce(&mut self, id: DeviceId) {
+        let Some(message) = self.nics.get_mut(&id).and_then(|device| device.introduction(id)) else { return };
+        self.tell(&message);
+        let items: Vec<Replayed> =
+            self.root.replay(|device| device == id).filter_map(Replayed::from_item).collect();
+        for item in items {
+            match item {
+                Replayed::Gpadl { gpadl, byte_count, byte_offset, pfns } => {
+                    self.give_gpadl(id, gpadl, byte_count, byte_offset, pfns);
+                }
+                Replayed::Open { channel, relid, connection, gpadl, downstream_page, vp, resumed } => {
+                    if self.wires.get(channel).is_none() {
+                        self.wires.tie(channel, relid, connection, vp);
+                    }
+                    self.wires.retarget(channel, vp);
+                    self.give_channel(channel, relid, gpadl, downstream_page, resumed);
+                }
+            }
+        }
+    }
+
+    pub(super) fn tell(&self, message: &FromVmm) {
+        if let Some(link) = &self.switch {
+            link.send(message);
+        }
+    }
+}
+
+/// An [`Item`] of a NIC, owned.
+enum Replayed {
+    Gpadl {
+        gpadl: GpadlId,
+        byte_count: u32,
+        byte_offset: u32,
+        pfns: Vec<u64>,
+    },
+    Open {
+        channel: ChannelKey,
+        relid: u32,
+        connection: u32,
+        gpadl: GpadlId,
+        downstream_page: u32,
+        vp: u32,
+        resumed: bool,
+    },
+}
+
+impl Replayed {
+    fn from_item(item: Item<'_>) -> Option<Self> {
+        Some(match item {
+            Item::Device { .. } => return None,
+            Item::Gpadl { gpadl, byte_count, byte_offset, pfns, .. } => {
+                Self::Gpadl { gpadl, byte_count, byte_offset, pfns: pfns.to_vec() }
+            }
+            Item::Open { channel, relid, connection, gpadl, downstream_page, vp, resumed, .. } => {
+                Self::Open { channel, relid, connection, gpadl, downstream_page, vp, resumed }
+            }
+        })
+    }
+}

@@ -1,0 +1,327 @@
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vmbus::handover::{FromVmm, Listener, SwitchConnection};
+use vmbus::protocol::event_connection;
+
+use super::*;
+use crate::control::{NicKind, Services as Offered};
+use crate::services::{Services, Settings};
+use crate::synic::Registers;
+
+const INSTANCE: &str = "11111111-2222-3333-4444-555555555555";
+
+#[derive(Debug, Default)]
+struct Ties(Mutex<BTreeSet<EventId>>);
+
+impl Events for Ties {
+    fn tie(&self, id: EventId, _: &Doorbell) -> Result<(), KvmError> {
+        assert!(self.0.lock().unwrap().insert(id), "tied twice");
+        Ok(())
+    }
+    fn untie(&self, id: EventId) {
+        assert!(self.0.lock().unwrap().remove(&id), "not tied");
+    }
+}
+
+/// A guest's kernel in as many lines as it takes, and the worker's side of VMBus.
+struct Bench {
+    memory: Arc<Memory>,
+    synic: Arc<Synic>,
+    ties: Arc<Ties>,
+    port: Arc<Port>,
+    vmbus: Vmbus,
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let size = 4 << 20;
+        let sizes = crate::control::Memory { minimum: size, startup: size, maximum: size, huge: false };
+        let memory = Arc::new(Memory::new("guest", sizes).unwrap());
+        let none = Offered {
+            heartbeat: false,
+            shutdown: false,
+            time_sync: false,
+            kvp: false,
+            vss: false,
+            dynamic_memory: false,
+        };
+        let services = Services::new(Settings { offered: none, reference: Box::new(|| 0), memory: None });
+        let pump = Arc::new(Pump::start(services, Box::new(|_, _| {})).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        let listener: OwnedFd = Listener::bind(&dir.path().join("switch")).unwrap().into();
+        let setup = Setup::default();
+        let port = setup.port();
+        let vmbus = setup.start(Arc::clone(&memory), 2, pump, Some(listener), Box::new(|_, _| {})).unwrap();
+        let synic = Arc::new(Synic::new(Arc::clone(memory.guest()), 2).unwrap());
+        let ties = Arc::new(Ties::default());
+        let bench = Self { memory, synic, ties, port, vmbus, dir };
+        bench.attach();
+        bench
+    }
+
+    fn attach(&self) {
+        for vp in 0..2u64 {
+            let page = 0x2000 + vp * 0x2000;
+            let registers = Registers { control: 1, flags_page: page | 1, message_page: (page + 0x1000) | 1 };
+            self.synic.update(u32::try_from(vp).unwrap(), registers);
+        }
+        self.vmbus.attach(Machine { events: self.ties.clone(), synic: self.synic.clone() });
+    }
+
+    fn nic(&self, name: &str, instance: &str) -> Nic {
+        Nic {
+            name: name.into(),
+            kind: NicKind::Synthetic,
+            mac: "02:00:00:00:00:01".into(),
+            instance: instance.into(),
+            queues: 4,
+        }
+    }
+
+    fn connect(&self) -> SwitchConnection {
+        SwitchConnection::connect(&self.dir.path().join("switch")).unwrap()
+    }
+
+    fn post(&self, words: &[u32]) {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        assert_eq!(self.port.post(4, &bytes), Status::Success);
+    }
+
+    /// The next message for the guest: its type and the words behind the header.
+    fn message(&self) -> (u32, Vec<u32>) {
+        let kind = self.memory.guest().word(0x3200).unwrap();
+        for _ in 0..5000 {
+            if kind.load(Ordering::SeqCst) != 0 {
+                let slot: [u8; 256] = self.memory.guest().segment(0x3200, 256).unwrap().read().unwrap();
+                kind.store(0, Ordering::SeqCst);
+                let words = slot[16..16 + usize::from(slot[4])].as_chunks::<4>().0;
+                let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+                return (words[0], words[2..].to_vec());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("no message came");
+    }
+
+    /// Contact, offers; returns the NIC's channel id.
+    fn begin(&self) -> u32 {
+        self.post(&[14, 0, 0x0005_0003, 0, 2, 0, 0, 0, 0, 0]);
+        assert_eq!(self.message(), (15, vec![1, 4]));
+        self.post(&[3, 0]);
+        let (kind, offer) = self.message();
+        assert_eq!(kind, 1);
+        assert_eq!(self.message().0, 4);
+        offer[(184 - 8) / 4]
+    }
+
+    /// Eight pages from 0x100000 for rings.
+    fn share(&self, relid: u32, gpadl: u32) {
+        let mut words = vec![8, 0, relid, gpadl, 72 | (1 << 16), 8 * 4096, 0];
+        words.extend((0x100..0x108).flat_map(|pfn| [pfn, 0]));
+        self.post(&words);
+    }
+
+    fn open(&self, relid: u32, gpadl: u32) {
+        let mut words = vec![5, 0, relid, relid, gpadl, 0, 4];
+        words.resize(37, 0);
+        self.post(&words);
+    }
+}
+
+fn next(switch: &SwitchConnection) -> FromVmm {
+    switch.receive().unwrap().unwrap()
+}
+
+/// What a switch is told first, for one NIC; its number and whether it was served before.
+fn greeting(switch: &SwitchConnection) -> (u32, bool) {
+    assert!(matches!(next(switch), FromVmm::Hello { version: 1 }));
+    assert!(matches!(next(switch), FromVmm::Memory { .. }));
+    let FromVmm::Device { device, resumed, name, .. } = next(switch) else { panic!() };
+    assert_eq!(name, "eth0");
+    (device, resumed)
+}
+
+/// Opens the NIC's channel over `switch`, which was greeted; returns (device, relid, doorbell).
+fn opened(bench: &Bench, switch: &SwitchConnection, device: u32) -> (u32, OwnedFd) {
+    let relid = bench.begin();
+    bench.share(relid, 7);
+    let FromVmm::Gpadl { gpadl: 7, byte_count: 32768, pfns, .. } = next(switch) else { panic!() };
+    assert_eq!(pfns, (0x100..0x108).collect::<Vec<u64>>());
+    switch.send(&FromSwitch::GpadlAccepted { device, gpadl: 7, ok: true }).unwrap();
+    assert_eq!(bench.message(), (10, vec![relid, 7, 0]));
+    bench.open(relid, 7);
+    let FromVmm::Open { target, doorbell, resumed: false, vp: 0, .. } = next(switch) else { panic!() };
+    assert_eq!((target.flags_gpa, u32::from(target.flag)), (0x2200, relid));
+    switch.send(&FromSwitch::Opened { device, index: 0, ok: true }).unwrap();
+    assert_eq!(bench.message(), (6, vec![relid, relid, 0]));
+    (relid, doorbell)
+}
+
+#[test]
+fn switch_that_comes_back_is_told_what_is_open_and_gets_the_same_doorbell() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let first = bench.connect();
+    let (device, resumed) = greeting(&first);
+    assert!(!resumed && matches!(next(&first), FromVmm::Ready));
+    let (relid, doorbell) = opened(&bench, &first, device);
+    assert!(bench.ties.0.lock().unwrap().contains(&event_connection(relid)));
+    drop(first);
+
+    let second = bench.connect();
+    assert_eq!(greeting(&second), (device, true));
+    assert!(matches!(next(&second), FromVmm::Gpadl { gpadl: 7, .. }));
+    let FromVmm::Open { doorbell: again, resumed: true, .. } = next(&second) else { panic!() };
+    assert!(matches!(next(&second), FromVmm::Ready));
+    Doorbell::from(doorbell).ring();
+    assert!(Doorbell::from(again).clear());
+    assert!(bench.vmbus.report().unwrap().nics[0].connected);
+}
+
+#[test]
+fn guest_goes_on_with_what_it_asked_for_while_no_switch_was_there() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let relid = bench.begin();
+    bench.share(relid, 7);
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    assert!(matches!(next(&switch), FromVmm::Gpadl { gpadl: 7, .. }));
+    switch.send(&FromSwitch::GpadlAccepted { device, gpadl: 7, ok: true }).unwrap();
+    assert_eq!(bench.message(), (10, vec![relid, 7, 0]));
+    drop(switch);
+    bench.open(relid, 7);
+    let switch = bench.connect();
+    greeting(&switch);
+    assert!(matches!(next(&switch), FromVmm::Gpadl { gpadl: 7, .. }));
+    let mut told = next(&switch);
+    if matches!(told, FromVmm::Ready) {
+        // It connected before the guest's message was looked at.
+        told = next(&switch);
+    }
+    assert!(matches!(told, FromVmm::Open { resumed: false, .. }));
+    switch.send(&FromSwitch::Opened { device, index: 0, ok: true }).unwrap();
+    assert_eq!(bench.message(), (6, vec![relid, relid, 0]));
+}
+
+#[test]
+fn memory_is_not_given_up_before_the_switch_has_let_go() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    let (_, _doorbell) = opened(&bench, &switch, device);
+    std::thread::scope(|scope| {
+        let detach = scope.spawn(|| bench.vmbus.detach());
+        assert!(matches!(next(&switch), FromVmm::Close { index: 0, .. }));
+        assert!(matches!(next(&switch), FromVmm::GpadlTeardown { gpadl: 7, .. }));
+        assert!(!detach.is_finished());
+        switch.send(&FromSwitch::Closed { device, index: 0 }).unwrap();
+        switch.send(&FromSwitch::GpadlReleased { device, gpadl: 7 }).unwrap();
+    });
+    assert!(bench.ties.0.lock().unwrap().is_empty());
+    // The next kernel finds the device again.
+    bench.attach();
+    opened(&bench, &switch, device);
+}
+
+#[test]
+fn switch_that_dies_while_the_guest_unloads_holds_nobody_up() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    opened(&bench, &switch, device);
+    bench.post(&[16, 0]);
+    assert!(matches!(next(&switch), FromVmm::Close { .. }));
+    drop(switch);
+    assert_eq!(bench.message(), (17, vec![]));
+}
+
+#[test]
+fn adapters_come_and_go_while_the_guest_runs() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    let (relid, _doorbell) = opened(&bench, &switch, device);
+    assert!(bench.vmbus.add_nic(bench.nic("eth0", "21111111-2222-3333-4444-555555555555")).is_err());
+    assert!(bench.vmbus.add_nic(bench.nic("eth1", INSTANCE)).is_err());
+    assert!(bench.vmbus.add_nic(bench.nic("eth1", "nonsense")).is_err());
+    assert!(bench.vmbus.remove_nic("eth1").is_err());
+
+    bench.vmbus.remove_nic("eth0").unwrap();
+    assert!(bench.vmbus.report().unwrap().nics.is_empty());
+    assert_eq!(bench.message(), (2, vec![relid]));
+    assert!(matches!(next(&switch), FromVmm::Close { .. }));
+    switch.send(&FromSwitch::Closed { device, index: 0 }).unwrap();
+    bench.post(&[13, 0, relid]);
+    assert!(matches!(next(&switch), FromVmm::GpadlTeardown { gpadl: 7, .. }));
+    switch.send(&FromSwitch::GpadlReleased { device, gpadl: 7 }).unwrap();
+    assert!(matches!(next(&switch), FromVmm::Gone { .. }));
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    assert!(matches!(next(&switch), FromVmm::Device { resumed: false, .. }));
+    assert_eq!(bench.message().0, 1);
+}
+
+#[test]
+fn moved_event_flags_retarget_the_channels_of_that_processor() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    let (relid, _doorbell) = opened(&bench, &switch, device);
+    bench.post(&[22, 0, relid, 1]);
+    let FromVmm::Retarget { vp: 1, target, .. } = next(&switch) else { panic!() };
+    assert_eq!(target.flags_gpa, 0x4200);
+    assert_eq!(bench.message(), (24, vec![relid, 0]));
+    let registers = Registers { control: 1, flags_page: 0x8001, message_page: 0x5001 };
+    bench.synic.update(1, registers);
+    bench.port.synic_changed(1);
+    let FromVmm::Retarget { vp: 1, target, .. } = next(&switch) else { panic!() };
+    assert_eq!(target.flags_gpa, 0x8200);
+    // Switched off: they stay.
+    bench.synic.update(1, Registers { flags_page: 0, ..registers });
+    bench.port.synic_changed(1);
+    switch.send(&FromSwitch::OfferSubchannels { device, count: 3 }).unwrap();
+    for _ in 0..3 {
+        assert_eq!(bench.message().0, 1);
+    }
+}
+
+#[test]
+fn messages_without_end_are_put_off_and_unknown_connections_refused() {
+    let setup = Setup::default();
+    let port = setup.port();
+    assert_eq!(port.post(2, &[0; 8]), Status::InvalidConnectionId);
+    let accepted = (0..1000).filter(|_| port.post(1, &[0; 8]) == Status::Success).count();
+    assert_eq!(accepted, INBOX);
+    assert_eq!(port.post(4, &[0; 8]), Status::InsufficientBuffers);
+}
+
+#[test]
+fn interrupt_eventfd_is_the_processors() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    let relid = bench.begin();
+    bench.share(relid, 7);
+    next(&switch);
+    switch.send(&FromSwitch::GpadlAccepted { device, gpadl: 7, ok: true }).unwrap();
+    bench.message();
+    bench.open(relid, 7);
+    let FromVmm::Open { target, .. } = next(&switch) else { panic!() };
+    bench.synic.interrupt(0).unwrap().clear();
+    Doorbell::from(target.eventfd.as_fd().try_clone_to_owned().unwrap()).ring();
+    assert!(bench.synic.interrupt(0).unwrap().clear());
+}

@@ -1,0 +1,431 @@
+//! The adapter as its queues see it: requests come in, and what follows from them is carried out.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vmbus::channel::Interrupt;
+use vmbus::handover::FromSwitch;
+use vmbus::pages::Pages;
+use vmbus::ring::Incoming;
+use vmq::doorbell::Doorbell;
+use vmq::frame::Accepts;
+use vmq::rss::{IndirectionTable, Rss, ToeplitzKey};
+use vmq::worker::Clock;
+use vswitch::backend::{BackendFault, BackendPort, GuestRss};
+use vswitch::report::PortState;
+
+use super::NicError;
+use super::state::State;
+use crate::control::{Buffer, DataPath, Effect, Effects, NicConfig, Nvsp};
+use crate::queue::{Channel, Message, Path, QueueFault, ReceivePath, Request, SendPath, Sink, Source};
+use crate::receive::Form;
+use crate::sections::{MAX_SECTIONS, Sections};
+
+/// How long memory that a burst is still using is waited for, in steps of [`STEP`]: a burst takes microseconds.
+const STEPS: u32 = 10_000;
+const STEP: Duration = Duration::from_micros(100);
+
+/// The adapter, shared by its queues.
+pub(crate) struct Device {
+    number: u32,
+    port: BackendPort,
+    requests: Box<dyn Fn(FromSwitch) + Send + Sync>,
+    control: Mutex<Control>,
+    /// What a successor must know has changed.
+    dirty: AtomicBool,
+    faulted: AtomicBool,
+    clock: Clock,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+/// What the control path has to itself.
+#[derive(Debug)]
+struct Control {
+    nvsp: Nvsp,
+    state: State,
+    gpadls: BTreeMap<u32, Pages>,
+    /// The receive buffer's sections, with its GPADL.
+    sections: Option<(u32, Arc<Sections>)>,
+    channels: BTreeMap<u16, Opened>,
+    path: Arc<Path>,
+    /// A predecessor's channels are still being told.
+    resuming: bool,
+}
+
+/// An open channel, and what it takes to connect it to the switch again.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) channel: Arc<Channel>,
+    pub(super) rings: Pages,
+    pub(super) downstream_page: u32,
+    pub(super) doorbell: Arc<Doorbell>,
+    pub(super) interrupt: Interrupt,
+    /// Until it is connected.
+    pub(super) incoming: Option<Incoming>,
+}
+
+impl Device {
+    pub(super) fn new(
+        number: u32,
+        port: BackendPort,
+        config: NicConfig,
+        mut state: State,
+        resumed: bool,
+        requests: Box<dyn Fn(FromSwitch) + Send + Sync>,
+    ) -> Self {
+        let mut nvsp = Nvsp::new(config);
+        let blob = if resumed { state.read() } else { None };
+        let restored = blob.map(|blob| nvsp.restore(&blob));
+        let device = Self {
+            number,
+            port,
+            requests,
+            control: Mutex::new(Control {
+                nvsp,
+                state,
+                gpadls: BTreeMap::new(),
+                sections: None,
+                channels: BTreeMap::new(),
+                path: Arc::default(),
+                resuming: resumed,
+            }),
+            dirty: AtomicBool::new(false),
+            faulted: AtomicBool::new(false),
+            clock: Clock::default(),
+        };
+        if let Some(Err(error)) = restored {
+            device.fault(&error);
+        }
+        device
+    }
+
+    fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn queues(&self) -> u16 {
+        self.port.queues().min(crate::sections::MAX_CHANNELS)
+    }
+
+    pub(super) fn add_gpadl(&self, gpadl: u32, pages: Pages, most: usize) -> bool {
+        let mut control = self.control();
+        if control.gpadls.len() >= most || control.gpadls.contains_key(&gpadl) {
+            return false;
+        }
+        control.gpadls.insert(gpadl, pages);
+        true
+    }
+
+    pub(super) fn pages(&self, gpadl: u32) -> Option<Pages> {
+        self.control().gpadls.get(&gpadl).cloned()
+    }
+
+    /// The guest takes memory back: returns when no burst uses it any more.
+    pub(super) fn remove_gpadl(&self, gpadl: u32) {
+        let mut control = self.control();
+        control.gpadls.remove(&gpadl);
+        let old = Arc::clone(&control.path);
+        self.rebuild(&mut control);
+        drop(control);
+        // Sinks have let go of it. A source may be in the middle of a burst.
+        for _ in 0..STEPS {
+            if Arc::strong_count(&old) == 1 || Arc::ptr_eq(&old, &self.control().path) {
+                return;
+            }
+            std::thread::sleep(STEP);
+        }
+    }
+
+    pub(super) fn interrupt(&self, index: u16) -> Option<Interrupt> {
+        self.control().channels.get(&index).map(|opened| opened.interrupt.clone())
+    }
+
+    pub(super) fn open(self: &Arc<Self>, opened: Opened, resumed: bool) -> Result<(), NicError> {
+        let index = opened.channel.index;
+        {
+            let mut control = self.control();
+            if control.channels.contains_key(&index) {
+                return Err(NicError::OpenTwice(index));
+            }
+            opened.channel.set_path(&control.path);
+            control.channels.insert(index, opened);
+            if resumed && control.resuming {
+                return Ok(());
+            }
+            if index == 0 {
+                self.faulted.store(false, Ordering::SeqCst);
+            }
+            let effects = control.nvsp.channel_opened(index);
+            self.carry_out(&mut control, effects, None);
+        }
+        self.connect(index);
+        Ok(())
+    }
+
+    /// Plugs an open channel into the switch.
+    fn connect(self: &Arc<Self>, index: u16) {
+        let (channel, incoming, memory) = {
+            let mut control = self.control();
+            let Some(opened) = control.channels.get_mut(&index) else { return };
+            let Some(incoming) = opened.incoming.take() else { return };
+            (Arc::clone(&opened.channel), incoming, Arc::clone(opened.rings.memory()))
+        };
+        let source = Source::new(Arc::clone(self), Arc::clone(&channel), incoming, memory);
+        let sink = Sink::new(Arc::clone(self), channel);
+        self.port.connect(index, Box::new(source), Box::new(sink));
+    }
+
+    /// Everything that a predecessor served is there again.
+    pub(super) fn ready(self: &Arc<Self>) {
+        let indices: Vec<u16> = {
+            let mut control = self.control();
+            if !std::mem::take(&mut control.resuming) {
+                return;
+            }
+            self.resume(&mut control);
+            control.channels.keys().copied().collect()
+        };
+        indices.into_iter().for_each(|index| self.connect(index));
+    }
+
+    /// Finds the sections that the guest has.
+    fn resume(&self, control: &mut Control) {
+        if let Some(receive) = control.nvsp.data_path().receive {
+            let ends: BTreeMap<u16, u32> =
+                control.channels.iter().map(|(index, opened)| (*index, opened.channel.position())).collect();
+            let journal = control.state.journal();
+            let sections = Sections::restore(receive.sections.min(MAX_SECTIONS), journal, |index| {
+                ends.get(&index).copied()
+            });
+            control.sections = Some((receive.gpadl, Arc::new(sections)));
+        }
+        self.rebuild(control);
+    }
+
+    /// The operator restarts the port: channels go on where their rings stand, as a successor's would. What was taken out
+    /// of them and not given back is taken again.
+    pub(super) fn reconnect(self: &Arc<Self>) {
+        self.disconnect_all();
+        self.faulted.store(false, Ordering::SeqCst);
+        let mut control = self.control();
+        let again: Result<Vec<(u16, Opened)>, NicError> =
+            control.channels.iter().map(|(&index, old)| Ok((index, old.again(index)?))).collect();
+        match again {
+            Ok(again) => control.channels.extend(again),
+            Err(error) => return self.fault(&error),
+        }
+        self.resume(&mut control);
+        let indices: Vec<u16> = control.channels.keys().copied().collect();
+        drop(control);
+        indices.into_iter().for_each(|index| self.connect(index));
+    }
+
+    pub(super) fn close(&self, index: u16) {
+        let opened = self.control().channels.remove(&index);
+        // Waits until no worker touches it, so the lock is not held.
+        self.port.disconnect(index);
+        let Some(opened) = opened else { return };
+        opened.channel.close();
+        let mut control = self.control();
+        let effects = control.nvsp.channel_closed(index);
+        self.carry_out(&mut control, effects, None);
+        if index == 0 {
+            self.rebuild(&mut control);
+            control.state.clear();
+            control.resuming = false;
+        } else {
+            control.save();
+        }
+    }
+
+    pub(super) fn disconnect_all(&self) {
+        let indices: Vec<u16> = self.control().channels.keys().copied().collect();
+        indices.into_iter().for_each(|index| self.port.disconnect(index));
+    }
+
+    /// The guest has the adapter no more.
+    pub(super) fn forget(&self) {
+        let indices: Vec<u16> = self.control().channels.keys().copied().collect();
+        indices.into_iter().rev().for_each(|index| self.close(index));
+        self.control().gpadls.clear();
+    }
+
+    pub(super) fn set_link(&self, up: bool) {
+        let mut control = self.control();
+        let effects = control.nvsp.link(up, self.clock.now());
+        self.carry_out(&mut control, effects, None);
+        control.save();
+    }
+
+    /// Tells the guest what had to wait. How long until there is more, if there is.
+    pub(super) fn tick(&self) -> Option<Duration> {
+        let mut control = self.control();
+        let now = self.clock.now();
+        let effects = control.nvsp.tick(now);
+        if !effects.is_empty() {
+            self.carry_out(&mut control, effects, None);
+            control.save();
+        }
+        control.nvsp.next_tick().map(|due| Duration::from_nanos(due.saturating_sub(now)))
+    }
+
+    pub(super) fn settings_changed(&self) {
+        let settings = self.port.settings();
+        let mut control = self.control();
+        let mut effects = control.nvsp.set_mtu(settings.mtu);
+        if let Some(mac) = settings.mac {
+            effects.extend(control.nvsp.set_mac(mac));
+        }
+        control.nvsp.set_spoofing(settings.spoofing);
+        self.carry_out(&mut control, effects, None);
+        control.save();
+    }
+
+    /// A queue found a control message.
+    pub(crate) fn request(&self, channel: &Arc<Channel>, request: Request) -> Result<(), QueueFault> {
+        let mut control = self.control();
+        let (effects, reply) = match request {
+            Request::Nvsp(message, transaction, wanted) => {
+                (control.nvsp.request(&message, wanted)?, Some((&**channel, transaction)))
+            }
+            Request::Rndis(message) => (control.nvsp.rndis(&message)?, None),
+        };
+        self.carry_out(&mut control, effects, reply);
+        self.dirty.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Saves what a successor must know, if it has changed.
+    #[inline]
+    pub(crate) fn keep(&self) {
+        if self.dirty.load(Ordering::Relaxed) && self.dirty.swap(false, Ordering::Acquire) {
+            self.control().save();
+        }
+    }
+
+    fn carry_out(&self, control: &mut Control, effects: Effects, reply: Option<(&Channel, u64)>) {
+        let mut left: VecDeque<Effect> = effects.into_iter().collect();
+        while let Some(effect) = left.pop_front() {
+            let primary = control.channels.get(&0).map(|opened| Arc::clone(&opened.channel));
+            let sent = match (effect, primary) {
+                (Effect::Complete(payload), _) => reply
+                    .map(|(channel, transaction)| channel.send(Message::Completion(transaction, payload))),
+                (Effect::RndisReply(message) | Effect::Indicate(message), Some(primary)) => {
+                    Some(primary.send(Message::Control(message)))
+                }
+                (Effect::InBand(message), Some(primary)) => Some(primary.send(Message::InBand(message))),
+                (Effect::MapReceive { gpadl }, _) => {
+                    let bytes = control.gpadls.get(&gpadl).map(Pages::len);
+                    // A new buffer has no sections that anybody owns.
+                    control.sections = None;
+                    left.extend(control.nvsp.mapped(Buffer::Receive, bytes));
+                    None
+                }
+                (Effect::MapSend { gpadl }, _) => {
+                    let bytes = control.gpadls.get(&gpadl).map(Pages::len);
+                    left.extend(control.nvsp.mapped(Buffer::Send, bytes));
+                    None
+                }
+                (Effect::UnmapReceive | Effect::UnmapSend | Effect::DataPathChanged | Effect::Halted, _) => {
+                    self.rebuild(control);
+                    None
+                }
+                (Effect::OfferSubchannels(count), _) => {
+                    (self.requests)(FromSwitch::OfferSubchannels { device: self.number, count });
+                    None
+                }
+                _ => None,
+            };
+            if let Some(Err(fault)) = sent {
+                // The ring is of no use; whoever polls it finds out as well.
+                self.fault(&fault);
+            }
+        }
+    }
+
+    /// Makes the path anew from what was negotiated, and shows it to all channels.
+    fn rebuild(&self, control: &mut Control) {
+        let data = control.nvsp.data_path();
+        let rss = data.rss.as_ref().and_then(|wanted| hash(wanted, self.port.queues()));
+        let receive = control.receive(&data, rss);
+        let send = data.send.as_ref().and_then(|send| {
+            let pages = control.gpadls.get(&send.gpadl)?.clone();
+            Some(SendPath { pages, size: send.section_size, count: send.sections })
+        });
+        let large = Accepts::CHECKSUM | Accepts::TCP4 | Accepts::TCP6 | Accepts::ECN;
+        let up = receive.is_some();
+        let path = Path {
+            receive,
+            send,
+            max_packets: data.max_packets_per_message as usize,
+            accepts: if data.rsc { large } else { Accepts::empty() },
+        };
+        control.path = Arc::new(path);
+        for opened in control.channels.values() {
+            opened.channel.set_path(&control.path);
+        }
+        self.port.set_steering(data.rss.as_ref());
+        self.port.set_state(if up { PortState::Up } else { PortState::Waiting("the guest's driver".into()) });
+    }
+
+    /// Stops the adapter, if it was not stopped before, and tells the VMM.
+    fn fault(&self, reason: &dyn std::fmt::Display) {
+        if !self.faulted.swap(true, Ordering::SeqCst) {
+            self.port.fault(reason);
+            let reason = reason.to_string().chars().take(200).collect();
+            (self.requests)(FromSwitch::Fault { device: self.number, reason });
+        }
+    }
+
+    /// A queue cannot go on.
+    #[cold]
+    pub(crate) fn faulted(&self, fault: QueueFault) -> BackendFault {
+        self.fault(&fault);
+        Box::new(fault)
+    }
+}
+
+impl Control {
+    fn save(&mut self) {
+        let blob = self.nvsp.save();
+        if !self.state.write(&blob) {
+            tracing::warn!(bytes = blob.len(), "adapter state does not fit its file");
+        }
+    }
+
+    fn receive(&mut self, data: &DataPath, rss: Option<Rss>) -> Option<ReceivePath> {
+        let Some((wanted, pages)) = data.receive.as_ref().and_then(|receive| {
+            let pages = self.gpadls.get(&receive.gpadl)?.clone();
+            Some((receive, pages))
+        }) else {
+            self.sections = None;
+            return None;
+        };
+        let sections = match &self.sections {
+            Some((gpadl, sections)) if *gpadl == wanted.gpadl => Arc::clone(sections),
+            _ => Arc::new(Sections::new(wanted.sections.min(MAX_SECTIONS), self.state.journal())),
+        };
+        self.sections = Some((wanted.gpadl, Arc::clone(&sections)));
+        let form = Form {
+            section_size: wanted.section_size,
+            filter: data.filter,
+            multicast: data.multicast.clone(),
+            rsc: data.rsc,
+            rss,
+        };
+        Some(ReceivePath { pages, id: wanted.id, sections, form })
+    }
+}
+
+fn hash(wanted: &GuestRss, queues: u16) -> Option<Rss> {
+    let key = ToeplitzKey::new(&wanted.key).ok()?;
+    let table = IndirectionTable::new(&wanted.table, queues).ok()?;
+    Some(Rss { key, table, types: wanted.types })
+}

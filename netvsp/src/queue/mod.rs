@@ -1,0 +1,360 @@
+//! One channel of an adapter as a queue of the switch: a [`Source`] of what the guest sends, a [`Sink`] for what it gets.
+//!
+//! The ring from the guest belongs to the source, which one worker polls. The ring to the guest has two writers, the source
+//! with its completions and whoever delivers frames, and so a lock, [`Half`], held for a burst at a time and never while
+//! frames are delivered to others: two channels that send to each other cannot wait for one another.
+//!
+//! A source publishes nothing before its burst was delivered: then it writes the completions, a whole burst's at once, and
+//! only when all of them are in the ring gives the guest its room back. A switch that is killed has thus lost nothing that
+//! it took, and a guest that does not read its completions stops sending, and nobody else.
+//!
+//! Cost of a burst: one lock of the source's and one of each sink's, one fence each. Cost of a frame sent: one copy of its
+//! ring packet and of its RNDIS header, one completion of 64 bytes. Cost of a frame received: 124 bytes of header at most,
+//! the one copy of the frame, 8 bytes of range.
+
+mod sink;
+mod source;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmbus::channel::Interrupt;
+use vmbus::pages::{Pages, SharedWord};
+use vmbus::ring::{Outgoing, PacketHeader, PacketKind, RingFault, TransferRange, WriteError};
+use vmq::doorbell::Doorbell;
+use vmq::frame::Accepts;
+
+use crate::protocol::nvsp;
+use crate::receive::Form;
+use crate::sections::{NotOutstanding, Sections, Stock};
+use crate::transmit::TransmitFault;
+
+pub(crate) use sink::Sink;
+pub(crate) use source::{Request, Source};
+
+/// Why a queue stopped: its guest broke the protocol.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueFault {
+    /// A ring is unusable.
+    #[error(transparent)]
+    Ring(#[from] RingFault),
+    /// What the guest sent makes no sense.
+    #[error(transparent)]
+    Transmit(#[from] TransmitFault),
+    /// A completion for nothing.
+    #[error(transparent)]
+    Completion(#[from] NotOutstanding),
+    /// A message that makes no sense at this point.
+    #[error(transparent)]
+    Violation(#[from] crate::control::Violation),
+    /// A message that makes no sense at all.
+    #[error(transparent)]
+    Malformed(#[from] nvsp::Malformed),
+    /// A ring packet of a kind that guests do not send.
+    #[error("ring packet of the host's own kind")]
+    Kind,
+    /// A section that the send buffer has not.
+    #[error("send section {index} with {bytes} bytes in use, of {sections} sections of {size}")]
+    Section {
+        /// Which.
+        index: u32,
+        /// Bytes in use.
+        bytes: u32,
+        /// Sections there are.
+        sections: u32,
+        /// Bytes of a section.
+        size: u32,
+    },
+    /// A range outside the guest's memory.
+    #[error("{len} bytes at {gpa:#x} are not guest memory")]
+    Memory {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// The ring to the guest is too small for the packets it has to take.
+    #[error("packet of {0} bytes does not fit the channel's ring")]
+    RingTooSmall(usize),
+    /// The guest's memory file was cut short.
+    #[error("guest memory is gone: its file was cut short")]
+    MemoryLost,
+}
+
+impl From<WriteError> for QueueFault {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Fault(fault) => fault.into(),
+            WriteError::TooLong(len) => Self::RingTooSmall(len),
+            WriteError::Full => Self::RingTooSmall(0),
+        }
+    }
+}
+
+/// The guest's receive buffer.
+#[derive(Debug, Clone)]
+pub(crate) struct ReceivePath {
+    pub(crate) pages: Pages,
+    pub(crate) id: u16,
+    pub(crate) sections: Arc<Sections>,
+    pub(crate) form: Form,
+}
+
+/// The guest's send buffer.
+#[derive(Debug, Clone)]
+pub(crate) struct SendPath {
+    pub(crate) pages: Pages,
+    pub(crate) size: u32,
+    pub(crate) count: u32,
+}
+
+impl SendPath {
+    /// Where the first `bytes` bytes of section `index` are, from the buffer's start.
+    fn section(&self, index: u32, bytes: u32) -> Result<u32, QueueFault> {
+        let wrong = QueueFault::Section { index, bytes, sections: self.count, size: self.size };
+        if index >= self.count || bytes > self.size {
+            return Err(wrong);
+        }
+        index.checked_mul(self.size).ok_or(wrong)
+    }
+}
+
+/// What all channels of an adapter share at one moment. Replaced as a whole when the guest changes something.
+#[derive(Debug, Default)]
+pub(crate) struct Path {
+    pub(crate) receive: Option<ReceivePath>,
+    pub(crate) send: Option<SendPath>,
+    /// Most packets in one message 107.
+    pub(crate) max_packets: usize,
+    /// What the guest takes undone.
+    pub(crate) accepts: Accepts,
+}
+
+/// What has to reach the guest, sooner or later.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// The answer to a request.
+    Completion(u64, Vec<u8>),
+    /// An NVSP message of ours.
+    InBand(Vec<u8>),
+    /// An RNDIS control message, in a receive section.
+    Control(Vec<u8>),
+}
+
+/// Messages that wait for the guest at most. More are made only by one that reads none.
+const MAX_PENDING: usize = 256;
+
+/// The way to the guest.
+#[derive(Debug)]
+pub(crate) struct Half {
+    index: u16,
+    outgoing: Outgoing,
+    /// The ring's write index, for the journal.
+    position: SharedWord,
+    path: Arc<Path>,
+    /// Free sections at hand.
+    stock: Stock,
+    pending: VecDeque<Message>,
+    /// The packet that is being made.
+    ranges: Vec<TransferRange>,
+    chain: Vec<u32>,
+    /// First sections of packets that are written and not published.
+    unpublished: Vec<u32>,
+}
+
+impl Half {
+    /// What the adapter's channels share changed.
+    pub(crate) fn set_path(&mut self, path: &Arc<Path>) {
+        if !self.same_sections(path) {
+            // They are of a buffer that is no more.
+            self.stock.clear();
+        }
+        self.path = Arc::clone(path);
+    }
+
+    fn same_sections(&self, path: &Path) -> bool {
+        match (&self.path.receive, &path.receive) {
+            (Some(old), Some(new)) => Arc::ptr_eq(&old.sections, &new.sections),
+            (None, None) => true,
+            _ => false,
+        }
+    }
+
+    /// The channel is closed: its sections are free.
+    pub(crate) fn close(&mut self) {
+        if let Some(receive) = &self.path.receive {
+            receive.sections.release_channel(self.index, &mut self.stock);
+        }
+        self.path = Arc::default();
+        self.pending.clear();
+    }
+
+    /// Writes `message` now or, if the ring is full, when [`Half::flush`] finds room.
+    pub(crate) fn send(&mut self, message: Message) -> Result<(), QueueFault> {
+        if self.pending.len() < MAX_PENDING {
+            self.pending.push_back(message);
+        }
+        self.flush().map(|_| ())
+    }
+
+    /// Writes what waits, as far as there is room. True if nothing is left.
+    fn flush(&mut self) -> Result<bool, QueueFault> {
+        while let Some(message) = self.pending.pop_front() {
+            if !self.write(&message)? {
+                self.pending.push_front(message);
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn write(&mut self, message: &Message) -> Result<bool, QueueFault> {
+        let written = match message {
+            Message::Completion(transaction, payload) => {
+                self.outgoing.write(&PacketHeader::completion(*transaction), &[payload])
+            }
+            Message::InBand(payload) => self.outgoing.write(&PacketHeader::in_band(0), &[payload]),
+            Message::Control(rndis) => return self.write_control(rndis),
+        };
+        match written {
+            Ok(()) => Ok(true),
+            Err(WriteError::Full) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Writes a control message into a section. One that has no buffer to go to is of no use to anybody.
+    fn write_control(&mut self, rndis: &[u8]) -> Result<bool, QueueFault> {
+        let path = Arc::clone(&self.path);
+        let Some(receive) = &path.receive else { return Ok(true) };
+        if !receive.sections.fill_reserved(&mut self.stock, 1) {
+            return Ok(false);
+        }
+        let Some(&section) = self.stock.last() else { return Ok(false) };
+        let size = receive.form.section_size;
+        let len = u32::try_from(rndis.len()).unwrap_or(u32::MAX).min(size);
+        let Some(at) = section.checked_mul(size) else { return Ok(true) };
+        if len as usize != rndis.len() || !receive.pages.write(at, rndis) {
+            return Ok(true);
+        }
+        self.stock.pop();
+        self.chain.clear();
+        self.ranges.clear();
+        self.chain.push(section);
+        self.ranges.push(TransferRange::new(len, at));
+        self.write_packet(receive, true)
+    }
+
+    /// Writes a packet of the sections in `chain`. False, and they are back in stock, if the ring is full.
+    fn write_packet(&mut self, receive: &ReceivePath, control: bool) -> Result<bool, QueueFault> {
+        let Some(&first) = self.chain.first() else { return Ok(true) };
+        if self.unpublished.is_empty() {
+            // Where the ring ends until all that is unpublished appears at once.
+            let position = self.position.load(Ordering::Relaxed);
+            receive.sections.journal().set_position(self.index, position);
+        }
+        receive.sections.occupy(self.index, &self.chain);
+        let header = PacketHeader {
+            kind: PacketKind::TransferPages { pageset: receive.id, ranges: &self.ranges },
+            completion_requested: true,
+            transaction: first.into(),
+        };
+        let written = self.outgoing.write(&header, &[&nvsp::rndis_packet(control)]);
+        if written.is_ok() {
+            self.unpublished.push(first);
+        } else {
+            receive.sections.withdraw(&self.chain, &mut self.stock);
+        }
+        self.chain.clear();
+        self.ranges.clear();
+        match written {
+            Ok(()) => Ok(true),
+            Err(WriteError::Full) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Shows the guest what was written; true if it is to be interrupted.
+    fn publish(&mut self) -> bool {
+        let signal = self.outgoing.publish();
+        if let Some(receive) = &self.path.receive {
+            self.unpublished.iter().for_each(|&first| receive.sections.published(first));
+        }
+        self.unpublished.clear();
+        signal
+    }
+}
+
+/// An open channel: what its source, its sink and its adapter share.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    /// 0 is the primary.
+    pub(crate) index: u16,
+    pub(crate) interrupt: Interrupt,
+    doorbell: Arc<Doorbell>,
+    accepts: AtomicU8,
+    half: Mutex<Half>,
+}
+
+impl Channel {
+    /// Channel number `index`, which writes to `outgoing`, whose ring is `ring`. `None` if the ring has no control page.
+    pub(crate) fn new(
+        index: u16,
+        outgoing: Outgoing,
+        ring: &Pages,
+        doorbell: Arc<Doorbell>,
+        interrupt: Interrupt,
+    ) -> Option<Self> {
+        let half = Half {
+            index,
+            outgoing,
+            // The write index is the control page's first word.
+            position: ring.word(0)?,
+            path: Arc::default(),
+            stock: Stock::new(),
+            pending: VecDeque::new(),
+            ranges: Vec::new(),
+            chain: Vec::new(),
+            unpublished: Vec::new(),
+        };
+        Some(Self { index, interrupt, doorbell, accepts: AtomicU8::new(0), half: Mutex::new(half) })
+    }
+
+    fn half(&self) -> MutexGuard<'_, Half> {
+        self.half.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the adapter's channels share changed. Afterwards no sink uses the old one.
+    pub(crate) fn set_path(&self, path: &Arc<Path>) {
+        self.half().set_path(path);
+        self.accepts.store(path.accepts.bits(), Ordering::Relaxed);
+    }
+
+    /// Sends `message` as soon as there is room.
+    pub(crate) fn send(&self, message: Message) -> Result<(), QueueFault> {
+        let mut half = self.half();
+        half.send(message)?;
+        self.show(&mut half);
+        Ok(())
+    }
+
+    /// Publishes what was written; true if the guest was interrupted.
+    fn show(&self, half: &mut Half) -> bool {
+        let signal = half.publish();
+        if signal {
+            self.interrupt.signal();
+        }
+        signal
+    }
+
+    /// Where the ring to the guest ends.
+    pub(crate) fn position(&self) -> u32 {
+        self.half().position.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is sent any more; sections are free.
+    pub(crate) fn close(&self) {
+        self.half().close();
+    }
+}

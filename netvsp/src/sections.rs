@@ -1,0 +1,409 @@
+//! Sections of the guest's receive buffer: which are free, and which the guest still has.
+//!
+//! A section is the guest's from the moment its range is put in a type-7 packet until the guest completes that packet.
+//! All channels of an adapter share the buffer, so each keeps a small stock of free sections under the lock it holds
+//! anyway, and goes to the shared pool only to fill or to empty it. The sections of one packet are a chain that begins at
+//! the packet's transaction id: giving a packet back costs one look at a private word per section.
+//!
+//! Every word is also written to a *journal* outside the process, one plain store each. A switch that takes the adapter
+//! over learns from it what the guest still owns. A word says "unpublished" until the packet is in the ring for the guest
+//! to see, and the ring's write position from before is kept beside it, so that the successor knows which of the two
+//! moments its predecessor died at.
+//!
+//! Cost per section: one pop, two stores to take it; one load, two stores, one push to give it back.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmq::memory::GuestMemory;
+
+/// Most sections of a buffer: what the journal has room for.
+pub(crate) const MAX_SECTIONS: u32 = 128 * 1024;
+
+/// Most channels of an adapter: what the journal has room for.
+pub(crate) const MAX_CHANNELS: u16 = 64;
+
+/// Sections that only control messages may take: without them a flood of frames could keep a reply from the guest.
+pub(crate) const RESERVE: usize = 16;
+
+/// Most sections in one packet (netvsp.md §9).
+pub(crate) const MAX_CHAIN: usize = 375;
+
+const BUSY: u32 = 1 << 31;
+const FIRST: u32 = 1 << 30;
+const UNPUBLISHED: u32 = 1 << 29;
+const CHANNEL_SHIFT: u32 = 20;
+const CHANNEL_MASK: u32 = 0x7f;
+const NEXT_MASK: u32 = (1 << CHANNEL_SHIFT) - 1;
+/// No section follows.
+const LAST: u32 = NEXT_MASK;
+
+/// Bytes of the journal: a position per channel, a word per section.
+pub(crate) const JOURNAL_BYTES: u64 = 4 * (MAX_CHANNELS as u64 + MAX_SECTIONS as u64);
+
+/// A completion that names no packet of the channel that the guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("receive completion for transaction {transaction:#x}, which is not outstanding on channel {channel}")]
+pub struct NotOutstanding {
+    /// The transaction id that the guest gave.
+    pub transaction: u64,
+    /// The channel it came on.
+    pub channel: u16,
+}
+
+/// Memory that outlives the process, [`JOURNAL_BYTES`] of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Journal {
+    memory: Arc<GuestMemory>,
+    base: u64,
+}
+
+impl Journal {
+    /// The journal `base` bytes, a multiple of 4, into `memory`.
+    pub(crate) fn new(memory: Arc<GuestMemory>, base: u64) -> Self {
+        Self { memory, base }
+    }
+
+    fn write(&self, word: u64, value: u32) {
+        // Four aligned bytes are one store. A journal that is too short forgets: there is no successor then either.
+        if let Some(room) = self.memory.room(self.base + 4 * word, 4) {
+            room.write_array(&value.to_le_bytes());
+        }
+    }
+
+    fn read(&self, word: u64) -> u32 {
+        let bytes = self.memory.segment(self.base + 4 * word, 4).and_then(|segment| segment.read());
+        bytes.map_or(0, u32::from_le_bytes)
+    }
+
+    fn set(&self, section: u32, value: u32) {
+        self.write(u64::from(MAX_CHANNELS) + u64::from(section), value);
+    }
+
+    fn get(&self, section: u32) -> u32 {
+        self.read(u64::from(MAX_CHANNELS) + u64::from(section))
+    }
+
+    /// Where channel `channel`'s ring to the guest ended before what is being written now.
+    pub(crate) fn set_position(&self, channel: u16, position: u32) {
+        self.write(u64::from(channel % MAX_CHANNELS), position);
+    }
+
+    fn position(&self, channel: u16) -> u32 {
+        self.read(u64::from(channel % MAX_CHANNELS))
+    }
+}
+
+/// The sections of one receive buffer.
+#[derive(Debug)]
+pub(crate) struct Sections {
+    /// A word per section: 0 while it is free or on its way back.
+    words: Box<[AtomicU32]>,
+    free: Mutex<Vec<u32>>,
+    journal: Journal,
+    /// Free sections that a channel keeps at most.
+    stock: usize,
+}
+
+/// Free sections at hand.
+pub(crate) type Stock = Vec<u32>;
+
+fn word(channel: u16, next: u32) -> u32 {
+    BUSY | (u32::from(channel) & CHANNEL_MASK) << CHANNEL_SHIFT | next
+}
+
+impl Sections {
+    /// `count` free sections (at most [`MAX_SECTIONS`]).
+    pub(crate) fn new(count: u32, journal: Journal) -> Self {
+        let count = count.min(MAX_SECTIONS);
+        (0..count).for_each(|section| journal.set(section, 0));
+        let words = (0..count).map(|_| AtomicU32::new(0)).collect();
+        Self { words, free: Mutex::new((0..count).rev().collect()), journal, stock: stock(count) }
+    }
+
+    /// `count` sections as the journal says. `position` tells where a channel's ring to the guest ends.
+    ///
+    /// What the journal says is only believed as far as it makes chains: a section in no chain, or in two, is free.
+    pub(crate) fn restore(count: u32, journal: Journal, position: impl Fn(u16) -> Option<u32>) -> Self {
+        let sections = Self {
+            words: (0..count.min(MAX_SECTIONS)).map(|_| AtomicU32::new(0)).collect(),
+            free: Mutex::default(),
+            stock: stock(count),
+            journal,
+        };
+        let kept: Vec<u32> = (0..sections.count()).map(|section| sections.journal.get(section)).collect();
+        for (first, &head) in (0..).zip(&kept) {
+            if head & (BUSY | FIRST) != BUSY | FIRST {
+                continue;
+            }
+            let channel = u16::try_from(head >> CHANNEL_SHIFT & CHANNEL_MASK).unwrap_or(0);
+            let never_seen = head & UNPUBLISHED != 0
+                && position(channel).is_none_or(|end| end == sections.journal.position(channel));
+            if !never_seen {
+                sections.adopt(first, channel, &kept);
+            }
+        }
+        let free = (0..sections.count()).rev().filter(|&section| {
+            let is_free = sections.load(section) == 0;
+            if is_free {
+                sections.journal.set(section, 0);
+            }
+            is_free
+        });
+        *sections.pool() = free.collect();
+        sections
+    }
+
+    /// Takes over the chain from `first` on, as far as it is one.
+    fn adopt(&self, first: u32, channel: u16, kept: &[u32]) {
+        let (mut at, mut flag) = (first, FIRST);
+        for _ in 0..MAX_CHAIN {
+            let Some(&old) = kept.get(at as usize).filter(|_| self.load(at) == 0) else { return };
+            let next = old & NEXT_MASK;
+            let fits = |next: u32| {
+                next != at
+                    && self.load(next) == 0
+                    && kept.get(next as usize).is_some_and(|word| word & (BUSY | FIRST) == BUSY)
+            };
+            let next = if fits(next) { next } else { LAST };
+            self.store(at, word(channel, next) | flag);
+            self.journal.set(at, word(channel, next) | flag);
+            if next == LAST {
+                return;
+            }
+            (at, flag) = (next, 0);
+        }
+    }
+
+    /// Sections in all.
+    pub(crate) fn count(&self) -> u32 {
+        u32::try_from(self.words.len()).unwrap_or(MAX_SECTIONS)
+    }
+
+    /// What is kept outside the process.
+    pub(crate) fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    fn pool(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn load(&self, section: u32) -> u32 {
+        self.words.get(section as usize).map_or(BUSY, |word| word.load(Ordering::Relaxed))
+    }
+
+    fn store(&self, section: u32, value: u32) {
+        if let Some(word) = self.words.get(section as usize) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Sees to it that `stock` has `wanted` sections. False if there are not so many.
+    #[inline]
+    pub(crate) fn fill(&self, stock: &mut Stock, wanted: usize) -> bool {
+        stock.len() >= wanted || self.refill(stock, wanted, RESERVE)
+    }
+
+    /// As [`Sections::fill`], for control messages.
+    pub(crate) fn fill_reserved(&self, stock: &mut Stock, wanted: usize) -> bool {
+        stock.len() >= wanted || self.refill(stock, wanted, 0)
+    }
+
+    #[cold]
+    fn refill(&self, stock: &mut Stock, wanted: usize, keep: usize) -> bool {
+        let mut pool = self.pool();
+        let spare = pool.len().saturating_sub(keep);
+        let count = (wanted - stock.len() + self.stock / 2).min(spare);
+        let at = pool.len() - count;
+        stock.extend(pool.drain(at..));
+        stock.len() >= wanted
+    }
+
+    /// The sections of `chain`, which came from a stock, are about to be shown to the guest in one packet on `channel`.
+    /// Its transaction id is the first section's number.
+    pub(crate) fn occupy(&self, channel: u16, chain: &[u32]) {
+        let nexts = chain.iter().skip(1).copied().chain(std::iter::once(LAST));
+        let mut flag = FIRST;
+        for (&section, next) in chain.iter().zip(nexts) {
+            let value = word(channel, next) | flag;
+            self.store(section, value);
+            self.journal.set(section, if flag == FIRST { value | UNPUBLISHED } else { value });
+            flag = 0;
+        }
+    }
+
+    /// The guest sees the packet of transaction `first` now.
+    pub(crate) fn published(&self, first: u32) {
+        self.journal.set(first, self.load(first));
+    }
+
+    /// The packet of `chain` was not shown to the guest after all.
+    pub(crate) fn withdraw(&self, chain: &[u32], stock: &mut Stock) {
+        for &section in chain {
+            self.store(section, 0);
+            self.journal.set(section, 0);
+            stock.push(section);
+        }
+    }
+
+    /// The guest completed `transaction` on `channel`: its sections are added to `back`, for [`Sections::release`].
+    ///
+    /// # Errors
+    /// [`NotOutstanding`]: it never had that packet, or completed it before.
+    pub(crate) fn finish(
+        &self,
+        channel: u16,
+        transaction: u64,
+        back: &mut Vec<u32>,
+    ) -> Result<(), NotOutstanding> {
+        let wrong = NotOutstanding { transaction, channel };
+        let mut section = u32::try_from(transaction).map_err(|_| wrong)?;
+        let head = self.words.get(section as usize).ok_or(wrong)?.load(Ordering::Relaxed);
+        let mine = head >> CHANNEL_SHIFT & CHANNEL_MASK == u32::from(channel) & CHANNEL_MASK;
+        if head & (BUSY | FIRST) != BUSY | FIRST || !mine {
+            return Err(wrong);
+        }
+        for _ in 0..MAX_CHAIN {
+            let next = self.load(section) & NEXT_MASK;
+            self.store(section, 0);
+            back.push(section);
+            if next == LAST {
+                break;
+            }
+            section = next;
+        }
+        Ok(())
+    }
+
+    /// The sections of `back` are free: the guest's completion is not going to be read again.
+    pub(crate) fn release(&self, back: &mut Vec<u32>, stock: &mut Stock) {
+        for &section in &*back {
+            self.journal.set(section, 0);
+        }
+        stock.append(back);
+        if stock.len() > self.stock {
+            // The oldest go: the others are in the caches.
+            let count = stock.len() - self.stock / 2;
+            self.pool().extend(stock.drain(..count));
+        }
+    }
+
+    /// A channel is closed: what its guest had of it, and what it kept in `stock`, is free.
+    pub(crate) fn release_channel(&self, channel: u16, stock: &mut Stock) {
+        let busy = (0..self.count()).filter(|&section| {
+            let word = self.load(section);
+            word & BUSY != 0 && word >> CHANNEL_SHIFT & CHANNEL_MASK == u32::from(channel) & CHANNEL_MASK
+        });
+        let mut back: Vec<u32> = busy.collect();
+        for &section in &back {
+            self.store(section, 0);
+            self.journal.set(section, 0);
+        }
+        back.append(stock);
+        self.pool().append(&mut back);
+    }
+
+    /// Sections in the shared pool.
+    #[cfg(test)]
+    pub(crate) fn pooled(&self) -> usize {
+        self.pool().len()
+    }
+}
+
+/// Sections that a channel keeps of `count`.
+fn stock(count: u32) -> usize {
+    (count as usize / 128).clamp(8, 128)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmq::memory::{Mapping, Region};
+
+    use super::*;
+
+    fn journal() -> Journal {
+        let bytes = usize::try_from(JOURNAL_BYTES).unwrap();
+        let mapping = Arc::new(Mapping::memfd("sections", bytes).unwrap().0);
+        let region = Region::new(0, 0, JOURNAL_BYTES, mapping, 0).unwrap();
+        Journal::new(Arc::new(GuestMemory::new(vec![region], None).unwrap()), 0)
+    }
+
+    fn take(sections: &Sections, stock: &mut Stock, channel: u16, count: usize) -> Vec<u32> {
+        assert!(sections.fill(stock, count));
+        let at = stock.len() - count;
+        let chain: Vec<u32> = stock.drain(at..).collect();
+        sections.occupy(channel, &chain);
+        chain
+    }
+
+    #[test]
+    fn completion_gives_back_the_whole_chain_once() {
+        let sections = Sections::new(100, journal());
+        let (mut stock, mut back) = (Vec::new(), Vec::new());
+        let chain = take(&sections, &mut stock, 3, 5);
+        let transaction = u64::from(chain[0]);
+        assert!(sections.finish(4, transaction, &mut back).is_err(), "another channel's");
+        assert!(sections.finish(3, u64::from(chain[1]), &mut back).is_err(), "the middle of a chain");
+        assert!(sections.finish(3, 100, &mut back).is_err());
+        assert!(sections.finish(3, u64::MAX, &mut back).is_err());
+        sections.finish(3, transaction, &mut back).unwrap();
+        assert_eq!(back, chain);
+        assert!(sections.finish(3, transaction, &mut back).is_err(), "completed twice");
+        sections.release(&mut back, &mut stock);
+        sections.release_channel(3, &mut stock);
+        assert_eq!(sections.pooled(), 100);
+    }
+
+    #[test]
+    fn reserve_is_left_for_control_messages() {
+        let sections = Sections::new(40, journal());
+        let mut stock = Vec::new();
+        assert!(sections.fill(&mut stock, 40 - RESERVE));
+        assert!(!sections.fill(&mut stock, 40 - RESERVE + 1));
+        assert!(sections.fill_reserved(&mut stock, 40));
+    }
+
+    #[test]
+    fn successor_knows_what_the_guest_has() {
+        let journal = journal();
+        let sections = Sections::new(100, journal.clone());
+        let mut stock = Vec::new();
+        journal.set_position(1, 800);
+        let seen = take(&sections, &mut stock, 1, 3);
+        sections.published(seen[0]);
+        let unseen = take(&sections, &mut stock, 1, 2);
+        let other = take(&sections, &mut stock, 2, 1);
+        drop(sections);
+
+        let ends = |channel| Some(if channel == 1 { 800 } else { 64 });
+        let successor = Sections::restore(100, journal.clone(), ends);
+        let mut back = Vec::new();
+        assert!(successor.finish(1, u64::from(unseen[0]), &mut back).is_err());
+        successor.finish(1, u64::from(seen[0]), &mut back).unwrap();
+        assert_eq!(back, seen);
+        // Its ring moved on, so the guest has seen it.
+        successor.finish(2, u64::from(other[0]), &mut back).unwrap();
+        assert_eq!(successor.pooled(), 100 - 4);
+    }
+
+    #[test]
+    fn journal_of_nonsense_makes_every_section_free_or_part_of_one_chain() {
+        let journal = journal();
+        let mut random = 1u32;
+        for section in 0..500 {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let next = if section % 3 == 0 { random % 600 } else { LAST };
+            journal.set(section, random & (BUSY | FIRST | UNPUBLISHED) | next);
+        }
+        let sections = Sections::restore(500, journal, |_| Some(0));
+        let mut back = Vec::new();
+        for transaction in 0..600 {
+            let _ = sections.finish(0, transaction, &mut back);
+        }
+        let mut all = back.clone();
+        all.extend(sections.pool().iter());
+        all.sort_unstable();
+        assert_eq!(all, (0..500).collect::<Vec<_>>());
+    }
+}
