@@ -348,6 +348,11 @@ impl Channel {
         signal
     }
 
+    /// Bytes of the ring to the guest.
+    fn ring_bytes(&self) -> usize {
+        self.half().outgoing.size() as usize
+    }
+
     /// Where the ring to the guest ends.
     pub(crate) fn position(&self) -> u32 {
         self.half().position.load(Ordering::Relaxed)

