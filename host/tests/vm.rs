@@ -244,6 +244,17 @@ fn faults_are_shown_once_and_forgotten_with_the_next_run() {
 }
 
 #[test]
+fn faults_without_end_are_remembered_in_part() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({}))).unwrap();
+    vms.start("web").unwrap();
+    vms.command("web", value("faults without end")).unwrap();
+    let report = when(&vms, "web", |report| report.faults.len() == 64);
+    assert!(report.faults.iter().all(|fault| fault.reason.chars().count() == 1024));
+}
+
+#[test]
 fn adapters_come_go_and_change_while_the_vm_runs() {
     let (_dir, network, vms) = start();
     let _broom = Broom(&vms);

@@ -6,13 +6,14 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use crate::confine::Confine;
 use crate::control;
 use crate::kvm::Vm;
 use crate::memory::Memory;
 use crate::partition::{Partition, PartitionError, Parts};
 use crate::services::balloon::{Balloonable, Limits, PAGE, PageRange, REGION};
 use crate::services::pump::Pump;
-use crate::services::{Services, Settings};
+use crate::services::{Mistake, Services, Settings};
 use crate::vcpu::Outcome;
 use crate::vmbus_host::{Machine, Setup, Vmbus};
 
@@ -73,7 +74,7 @@ impl Guest {
         channels: Option<OwnedFd>,
         outcomes: Sender<(u64, Outcome)>,
         on_fault: &OnFault,
-        confine: fn() -> std::io::Result<()>,
+        confine: Confine,
     ) -> Result<Self, PartitionError> {
         let failed = |what| move |source| PartitionError::System { what, source };
         let (sizes, vcpus) = (parts.memory, parts.vcpus);
@@ -88,8 +89,9 @@ impl Guest {
             memory: Some((limits(sizes, memory), Arc::new(Pages(Arc::clone(memory))))),
         });
         let tell = Arc::clone(on_fault);
-        let pump = Pump::start(services, Box::new(move |name, mistake| tell(name, &mistake.to_string())))
-            .map_err(failed("start integration services"))?;
+        let tell = Box::new(move |name: &str, mistake: &Mistake| tell(name, &mistake.to_string()));
+        let pump =
+            Pump::start(services, tell, confine.devices).map_err(failed("start integration services"))?;
         let pump = Arc::new(pump);
         let tell = Arc::clone(on_fault);
         let vmbus = setup
@@ -99,6 +101,7 @@ impl Guest {
                 Arc::clone(&pump),
                 channels,
                 Box::new(move |name, reason| tell(name, reason)),
+                confine.devices,
             )
             .map_err(failed("start VMBus"))?;
         let guest = Self { partition, vmbus, services: pump, reference };

@@ -18,6 +18,8 @@ pub const PAYLOAD: usize = 240;
 /// Input of post-message: connection, padding, type, size, payload.
 const INPUT: usize = 16 + PAYLOAD;
 
+const _: () = assert!(INPUT == 256);
+
 /// Result of a hypercall.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -143,5 +145,28 @@ mod tests {
         for code in [0, 1, 0x46, 0x5b, 0x5e, 0xffff] {
             assert_eq!(call(&memory, code, 0x1000), (Status::InvalidCode, None));
         }
+    }
+
+    #[test]
+    fn message_that_changes_while_it_is_read_has_the_size_that_was_checked() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let memory = memory();
+        put(&memory, 0x1000, 4, 1, 240);
+        let size = memory.word(0x100c).unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    size.store(u32::MAX, Ordering::Relaxed);
+                    size.store(240, Ordering::Relaxed);
+                }
+            });
+            for _ in 0..100_000 {
+                let outcome = call(&memory, POST_MESSAGE, 0x1000);
+                let allowed = [(Status::Success, Some((4, 240))), (Status::InvalidParameter, None)];
+                assert!(allowed.contains(&outcome), "{outcome:?}");
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
     }
 }

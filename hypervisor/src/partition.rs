@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -12,6 +13,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use acpi_tables::Aml;
 use kvm_bindings::Msrs;
 use kvm_ioctls::VcpuFd;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -20,13 +22,16 @@ use vmq::doorbell::Doorbell;
 
 use crate::acpi;
 use crate::boot::{self, BootError};
+use crate::confine::Confine;
 use crate::control::{Baseline, MAX_VCPUS, Memory as Sizes};
 use crate::cpuid::{Cpuid, CpuidError};
 use crate::devices::bus::{Bus, Overlap, Shared};
 use crate::devices::power::{self, Power};
 use crate::devices::rtc::{self, Rtc};
 use crate::gate::{Gate, Wanted};
+use crate::guest::OnFault;
 use crate::kvm::{Gsi, Host, Kick, KvmError, Vm, install_signal};
+use crate::legacy::{Legacy, LegacyError, LegacyNic, LegacyStatus};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
 use crate::synic::Synic;
@@ -36,7 +41,6 @@ use crate::vcpu::{EXIT_NAMES, Handle, MessagePort, Outcome, Surroundings, Vcpu};
 const STACK: usize = 256 << 10;
 
 /// What a partition is made of.
-#[derive(Debug)]
 pub struct Parts {
     /// Name, for the memory's file.
     pub name: String,
@@ -58,6 +62,16 @@ pub struct Parts {
     pub cmdline: String,
     /// Serial port.
     pub serial: SerialPort,
+    /// Emulated adapters. Without any the guest sees no PCI bus.
+    pub legacy: Vec<LegacyNic>,
+    /// Called when an adapter is stopped for what the guest did.
+    pub on_fault: OnFault,
+}
+
+impl fmt::Debug for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parts").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// Why a partition cannot be made.
@@ -84,6 +98,9 @@ pub enum PartitionError {
     /// Devices.
     #[error(transparent)]
     Devices(#[from] Overlap),
+    /// Emulated adapters.
+    #[error(transparent)]
+    Legacy(#[from] LegacyError),
     /// Threads, eventfds, pinning.
     #[error("cannot {what}")]
     System {
@@ -137,8 +154,8 @@ pub struct Partition {
     button: Doorbell,
     messages: Arc<dyn MessagePort>,
     outcomes: Sender<(u64, Outcome)>,
-    /// Called by each processor's thread before it runs the guest.
-    confine: fn() -> std::io::Result<()>,
+    legacy: Legacy,
+    confine: Confine,
     generation: u64,
     machine: Option<Machine>,
 }
@@ -163,7 +180,7 @@ impl Partition {
         parts: Parts,
         messages: Arc<dyn MessagePort>,
         outcomes: Sender<(u64, Outcome)>,
-        confine: fn() -> std::io::Result<()>,
+        confine: Confine,
     ) -> Result<Self, PartitionError> {
         if !(1..=MAX_VCPUS).contains(&parts.vcpus) {
             return Err(PartitionError::Processors(parts.vcpus));
@@ -172,6 +189,7 @@ impl Partition {
         let host = Host::new(parts.kvm, parts.vcpus)?;
         let cpuid = Cpuid::new(&host, parts.vcpus, parts.baseline)?;
         let memory = Arc::new(Memory::new(&parts.name, parts.memory)?);
+        let legacy = Legacy::new(&parts.legacy, memory.guest(), &parts.on_fault, confine.devices)?;
         let Parts { vcpus, pin, kernel, initrd, cmdline, serial, .. } = parts;
         let parts = Settings { vcpus, pin, kernel, initrd, cmdline, serial };
         let button = Doorbell::new().map_err(system("make the power button"))?;
@@ -183,6 +201,7 @@ impl Partition {
             button,
             messages,
             outcomes,
+            legacy,
             confine,
             generation: 0,
             machine: None,
@@ -210,12 +229,14 @@ impl Partition {
     /// Lets the guest run.
     pub fn run(&self) {
         if let Some(machine) = &self.machine {
+            self.legacy.resume();
             machine.tell(Wanted::Run);
         }
     }
 
-    /// Stops all processors where they are; returns when they have stopped.
+    /// Stops all processors and adapters where they are; returns when they have stopped.
     pub fn pause(&self) {
+        self.legacy.pause();
         if let Some(machine) = &self.machine {
             machine.tell(Wanted::Park);
             machine.around.gate.all_parked(machine.handles.len());
@@ -224,6 +245,7 @@ impl Partition {
 
     /// Ends the machine; its memory stays.
     pub fn stop(&mut self) {
+        self.legacy.pause();
         self.machine = None;
         self.parts.serial.flush();
     }
@@ -236,12 +258,28 @@ impl Partition {
         self.stop();
         self.memory.clear()?;
         self.parts.serial.reset();
+        self.legacy.reset();
         self.build()
     }
 
-    /// Presses the power button.
-    pub fn press_power_button(&self) {
-        self.button.ring();
+    /// Plugs a cable, one end of a pair of sequenced packets, into the emulated adapter `name`; one from before is pulled.
+    /// False if there is no such adapter.
+    pub fn connect_legacy(&self, name: &str, socket: OwnedFd) -> bool {
+        self.legacy.connect(name, socket)
+    }
+
+    /// Its emulated adapters.
+    pub fn legacy(&self) -> Vec<LegacyStatus> {
+        self.legacy.status()
+    }
+
+    /// Presses the power button when it is called.
+    pub fn power_button(&self) -> impl FnOnce() + Send + 'static {
+        let button = self.button.try_clone();
+        move || match button {
+            Ok(button) => button.ring(),
+            Err(error) => tracing::warn!(%error, "the power button cannot be pressed"),
+        }
     }
 
     /// Exits of all processors since the last reset, by kind.
@@ -265,6 +303,7 @@ impl Partition {
         vm.route_interrupts(count)?;
         vm.interrupt_by(self.parts.serial.interrupt(), Gsi(u32::from(acpi::SERIAL_GSI)))?;
         vm.interrupt_by(&self.button, Gsi(u32::from(acpi::POWER_GSI)))?;
+        self.legacy.attach(&vm);
         let synic = Synic::new(Arc::clone(self.memory.guest()), count);
         let synic = Arc::new(synic.map_err(system("make synthetic interrupts"))?);
         for vp in 0..count {
@@ -275,7 +314,7 @@ impl Partition {
         let around = Arc::new(Surroundings {
             memory: Arc::clone(self.memory.guest()),
             ports: self.ports()?,
-            mmio: Bus::default(),
+            mmio: self.legacy.window()?,
             synic,
             gate: Gate::default(),
             messages: Arc::clone(&self.messages),
@@ -296,7 +335,9 @@ impl Partition {
     /// Puts kernel and tables into memory; returns where the kernel is entered.
     fn load(&mut self) -> Result<u64, PartitionError> {
         let processors = u8::try_from(self.parts.vcpus).unwrap_or(u8::MAX);
-        let tables = acpi::tables(processors, &[])?;
+        let root = self.legacy.description();
+        let more: Vec<_> = root.iter().map(|root| root as &dyn Aml).collect();
+        let tables = acpi::tables(processors, &more)?;
         let guest = self.memory.loader();
         guest.write_slice(&tables, GuestAddress(acpi::BASE)).map_err(BootError::from)?;
         let Settings { kernel, initrd, cmdline, .. } = &mut self.parts;
@@ -311,13 +352,19 @@ impl Partition {
         let serial: Shared = Arc::new(Mutex::new(self.parts.serial.clone()));
         place(acpi::SERIAL_PORT..acpi::SERIAL_PORT + 8, serial)?;
         place(rtc::PORT..rtc::PORT + 2, Arc::new(Mutex::new(Rtc::default())))?;
-        for (first, count) in [(power::SLEEP_CONTROL, 3), (power::KEYBOARD, 1), (power::CHIPSET_RESET, 1)] {
+        let power = |first| -> Shared {
             let (outcomes, machine) = (self.outcomes.clone(), self.generation);
             let tell = move |wish| {
                 let _ = outcomes.send((machine, Outcome::Wish(wish)));
             };
-            place(first..first + count, Arc::new(Mutex::new(Power::new(first, tell))))?;
-        }
+            Arc::new(Mutex::new(Power::new(first, tell)))
+        };
+        place(power::SLEEP_CONTROL..power::SLEEP_CONTROL + 3, power(power::SLEEP_CONTROL))?;
+        place(power::KEYBOARD..power::KEYBOARD + 1, power(power::KEYBOARD))?;
+        let reset = power(power::CHIPSET_RESET);
+        let (range, chipset) =
+            self.legacy.ports(&reset).unwrap_or((power::CHIPSET_RESET..power::CHIPSET_RESET + 1, reset));
+        place(range, chipset)?;
         Ok(bus)
     }
 
@@ -337,7 +384,7 @@ impl Partition {
 
     fn spawn(&self, machine: &mut Machine, index: u32, fd: VcpuFd) -> Result<(), PartitionError> {
         let handle = Arc::new(Handle::new(Kick::new(&fd)?));
-        let (around, confine) = (Arc::clone(&machine.around), self.confine);
+        let (around, confine) = (Arc::clone(&machine.around), self.confine.vcpu);
         let vcpu = Vcpu { fd, index, handle: Arc::clone(&handle), around };
         let pinned = usize::try_from(index).ok().and_then(|index| self.parts.pin.get(index)).copied();
         let thread = move || {

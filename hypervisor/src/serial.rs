@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_superio::serial::SerialEvents;
@@ -25,8 +26,15 @@ const BACKLOG: usize = 4096;
 /// The log is written when a line ends or this much is waiting.
 const LINE: usize = 512;
 
+/// Output that waits for a console to read; what comes beyond is lost to it. Each byte is sent as the guest writes it, and a
+/// socket takes few messages however short, so a reader that is late by a screen must be waited for here.
+const WAITING: usize = 64 << 10;
+
 /// Consoles at once.
 const CONSOLES: usize = 8;
+
+/// Before another attempt to let a console in.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// The port's interrupt.
 #[derive(Debug)]
@@ -54,6 +62,56 @@ impl SerialEvents for Drained {
     }
 }
 
+/// Interrupt identification register: its offset, "none", and "received data available" (16550, table 3).
+const IDENTIFICATION: u8 = 2;
+const NONE: u8 = 1;
+const RECEIVED: u8 = 4;
+/// Interrupt enable register: its offset, and the bit for received data.
+const ENABLE: u8 = 1;
+const ENABLE_RECEIVED: u8 = 1;
+/// Bytes of input that the model holds.
+const FIFO: usize = 64;
+
+trait Identify {
+    /// What a level would say: the model takes "received data" back with each byte that is read, also while more are
+    /// there. A driver that stops in between (Linux after 256 bytes) would find no reason for the interrupt that brings it
+    /// back, and the rest would wait for the next input.
+    fn identify(&mut self, identification: u8) -> u8;
+}
+
+impl<W: Write> Identify for Serial<Line, Drained, W> {
+    fn identify(&mut self, identification: u8) -> u8 {
+        let waits = self.fifo_capacity() < FIFO && self.read(ENABLE) & ENABLE_RECEIVED != 0;
+        if waits && identification & NONE != 0 { (identification & !NONE) | RECEIVED } else { identification }
+    }
+}
+
+/// Somebody who looks on.
+#[derive(Debug)]
+struct Console {
+    stream: Arc<UnixStream>,
+    waiting: VecDeque<u8>,
+}
+
+impl Console {
+    /// Sends what waits; false if nobody is there any more.
+    fn send(&mut self) -> bool {
+        while !self.waiting.is_empty() {
+            match (&*self.stream).write(self.waiting.as_slices().0) {
+                Ok(sent) => drop(self.waiting.drain(..sent)),
+                Err(error) => return error.kind() == ErrorKind::WouldBlock,
+            }
+        }
+        true
+    }
+
+    fn say(&mut self, bytes: &[u8]) -> bool {
+        let room = WAITING.saturating_sub(self.waiting.len());
+        self.waiting.extend(bytes.iter().take(room));
+        self.send()
+    }
+}
+
 /// Where the guest's output goes.
 #[derive(Debug)]
 struct Output {
@@ -62,7 +120,9 @@ struct Output {
     prompt: bool,
     line: Vec<u8>,
     backlog: VecDeque<u8>,
-    consoles: Vec<Arc<UnixStream>>,
+    consoles: Vec<Console>,
+    /// Wakes whoever serves consoles when one has not taken all.
+    stuck: Arc<Doorbell>,
 }
 
 impl Output {
@@ -86,10 +146,16 @@ impl Write for Output {
         self.backlog.extend(bytes);
         let surplus = self.backlog.len().saturating_sub(BACKLOG);
         self.backlog.drain(..surplus);
-        self.consoles.retain(|console| match (&**console).write(bytes) {
-            Ok(_) => true,
-            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        let mut stuck = false;
+        self.consoles.retain_mut(|console| {
+            let waited = !console.waiting.is_empty();
+            let stays = console.say(bytes);
+            stuck |= !waited && !console.waiting.is_empty();
+            stays
         });
+        if stuck {
+            self.stuck.ring();
+        }
         Ok(bytes.len())
     }
 
@@ -143,7 +209,7 @@ impl SerialPort {
     fn with(log: Option<File>, prompt: bool) -> std::io::Result<Self> {
         let (interrupt, drained) = (Arc::new(Doorbell::new()?), Arc::new(Doorbell::new()?));
         let (line, backlog, consoles) = Default::default();
-        let output = Output { log, prompt, line, backlog, consoles };
+        let output = Output { log, prompt, line, backlog, consoles, stuck: Arc::clone(&drained) };
         let serial = Serial::with_events(Line(Arc::clone(&interrupt)), Drained(Arc::clone(&drained)), output);
         Ok(Self { port: Arc::new(Mutex::new(Port { serial: Some(serial) })), interrupt, drained })
     }
@@ -203,8 +269,18 @@ impl SerialPort {
         }
     }
 
-    fn consoles(&self) -> Vec<Arc<UnixStream>> {
-        self.lock().serial.as_ref().map_or_else(Vec::new, |serial| serial.writer().consoles.clone())
+    /// The consoles, and whether output waits for them.
+    fn consoles(&self) -> Vec<(Arc<UnixStream>, bool)> {
+        let port = self.lock();
+        let consoles = port.serial.iter().flat_map(|serial| &serial.writer().consoles);
+        consoles.map(|console| (Arc::clone(&console.stream), !console.waiting.is_empty())).collect()
+    }
+
+    /// Sends what waits for consoles.
+    fn send_waiting(&self) {
+        if let Some(serial) = &mut self.lock().serial {
+            serial.writer_mut().consoles.retain_mut(Console::send);
+        }
     }
 
     /// A console connected: shows it what was written last. One too many is turned away.
@@ -216,16 +292,16 @@ impl SerialPort {
         if output.consoles.len() >= CONSOLES {
             return Ok(());
         }
-        let (first, second) = output.backlog.as_slices();
-        let _ = (&stream).write(first);
-        let _ = (&stream).write(second);
-        output.consoles.push(Arc::new(stream));
+        let mut console = Console { stream: Arc::new(stream), waiting: output.backlog.clone() };
+        if console.send() {
+            output.consoles.push(console);
+        }
         Ok(())
     }
 
     fn leave(&self, stream: &Arc<UnixStream>) {
         if let Some(serial) = &mut self.lock().serial {
-            serial.writer_mut().consoles.retain(|console| !Arc::ptr_eq(console, stream));
+            serial.writer_mut().consoles.retain(|console| !Arc::ptr_eq(&console.stream, stream));
         }
     }
 
@@ -238,24 +314,40 @@ impl SerialPort {
         loop {
             let consoles = self.consoles();
             // While the guest does not take input, no more is read.
-            let wanted = if input.is_empty() { PollFlags::IN } else { PollFlags::empty() };
+            let wanted = |waits: bool| {
+                let input = if input.is_empty() { PollFlags::IN } else { PollFlags::empty() };
+                if waits { input | PollFlags::OUT } else { input }
+            };
             let mut fds =
                 vec![PollFd::new(listener, PollFlags::IN), PollFd::new(&*self.drained, PollFlags::IN)];
-            fds.extend(consoles.iter().map(|console| PollFd::new(&**console, wanted)));
+            fds.extend(consoles.iter().map(|(console, waits)| PollFd::new(&**console, wanted(*waits))));
             match poll(&mut fds, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            let ready: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
             drop(fds);
-            if ready[0] {
-                let (stream, _) = listener.accept()?;
-                self.join(stream)?;
+            if !ready[0].is_empty() {
+                // Out of descriptors, or it has left again: the next may have more luck.
+                match listener.accept().and_then(|(stream, _)| self.join(stream)) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == ErrorKind::InvalidInput => return Err(error),
+                    Err(error) => {
+                        tracing::debug!(%error, "a console cannot connect");
+                        std::thread::sleep(RETRY);
+                    }
+                }
             }
-            if ready[1] {
+            if !ready[1].is_empty() {
                 self.drained.clear();
             }
-            for (console, _) in consoles.iter().zip(&ready[2..]).filter(|(_, ready)| **ready) {
+            if ready[2..].iter().any(|ready| ready.contains(PollFlags::OUT)) {
+                self.send_waiting();
+            }
+            for ((console, _), ready) in consoles.iter().zip(&ready[2..]) {
+                if (*ready - PollFlags::OUT).is_empty() {
+                    continue;
+                }
                 let mut bytes = [0; 64];
                 match (&**console).read(&mut bytes) {
                     Ok(count @ 1..) => input.extend(&bytes[..count]),
@@ -271,7 +363,10 @@ impl SerialPort {
 impl BusDevice for SerialPort {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let (Some(serial), Ok(offset)) = (&mut self.lock().serial, u8::try_from(offset)) {
-            data.fill_with(|| serial.read(offset));
+            data.fill_with(|| match serial.read(offset) {
+                identification if offset == IDENTIFICATION => serial.identify(identification),
+                value => value,
+            });
         }
     }
 
@@ -318,6 +413,45 @@ mod tests {
         assert!(port.drained.clear());
         port.feed(&mut input);
         assert!(input.is_empty());
+    }
+
+    #[test]
+    fn interrupt_is_told_apart_while_input_is_there_however_often_it_was_asked_for() {
+        let mut port = SerialPort::new(None).unwrap();
+        let mut reader = port.clone();
+        let mut read = |offset| {
+            let mut byte = [0];
+            reader.read(offset, &mut byte);
+            byte[0]
+        };
+        port.write(u64::from(ENABLE), &[ENABLE_RECEIVED]);
+        port.feed(&mut VecDeque::from(vec![1, 2]));
+        assert_eq!(read(2) & 0xf, RECEIVED);
+        // One byte is taken, the other is not.
+        assert_eq!(read(0), 1);
+        assert_eq!(read(2) & 0xf, RECEIVED);
+        assert_eq!(read(0), 2);
+        assert_eq!(read(2) & 0xf, NONE);
+    }
+
+    #[test]
+    fn console_that_reads_late_misses_nothing() {
+        let port = SerialPort::new(None).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = port.clone();
+        std::thread::spawn(move || server.serve(&listener));
+        let mut late = UnixStream::connect(&path).unwrap();
+        while port.consoles().is_empty() {
+            std::thread::yield_now();
+        }
+        let text: Vec<u8> = (0..20_000u32).map(|count| b'a' + u8::try_from(count % 26).unwrap()).collect();
+        let mut guest = port;
+        text.iter().for_each(|byte| guest.write(0, &[*byte]));
+        let mut read = vec![0; text.len()];
+        late.read_exact(&mut read).unwrap();
+        assert_eq!(read, text);
     }
 
     #[test]

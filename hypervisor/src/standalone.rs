@@ -12,9 +12,11 @@ use std::sync::mpsc::channel;
 
 use anyhow::{Context, bail};
 
+use crate::confine::Confine;
 use crate::control::{Baseline, Memory, Services};
 use crate::devices::power::Wish;
 use crate::guest::{Guest, OnFault};
+use crate::legacy::LegacyNic;
 use crate::memory::GRAIN;
 use crate::partition::Parts;
 use crate::serial::SerialPort;
@@ -24,7 +26,8 @@ use crate::vcpu::{Outcome, describe};
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// Linux kernel (bzImage)
-    #[arg(long)]
+    // Without --standalone there is none.
+    #[arg(long, required = false)]
     pub kernel: PathBuf,
     /// Initial RAM file system
     #[arg(long)]
@@ -44,6 +47,9 @@ pub struct Options {
     /// Kernel command line
     #[arg(long, default_value = "console=ttyS0")]
     pub cmdline: String,
+    /// Give the guest an emulated adapter with this MAC address, its cable not plugged in; may be given several times
+    #[arg(long, value_name = "MAC", value_parser = parse_mac)]
+    pub legacy: Vec<Mac>,
     /// Say on standard error how often the guest left guest mode, and why, when it ends
     #[arg(long)]
     pub exits: bool,
@@ -61,6 +67,19 @@ fn parse_size(text: &str) -> Result<u64, String> {
     } else {
         Ok(size)
     }
+}
+
+/// A station's MAC address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
+
+fn parse_mac(text: &str) -> Result<Mac, String> {
+    let bytes = text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2));
+    let mac: Option<[u8; 6]> = bytes.collect::<Option<Vec<u8>>>().and_then(|bytes| bytes.try_into().ok());
+    let station = mac
+        .filter(|mac| mac[0] & 1 == 0)
+        .ok_or("a station's address such as 02:00:00:00:00:01 is expected")?;
+    Ok(Mac(station))
 }
 
 fn parse_baseline(text: &str) -> Result<Baseline, String> {
@@ -82,6 +101,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let terminal = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     let serial = SerialPort::on_terminal(terminal)?;
     let size = options.memory;
+    let on_fault: OnFault = Arc::new(|name, reason| eprintln!("{name} stopped: {reason}"));
     let parts = Parts {
         name: "standalone".into(),
         kvm: kvm.into(),
@@ -93,10 +113,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         initrd: options.initrd.as_ref().map(open).transpose()?,
         cmdline: options.cmdline.clone(),
         serial: serial.clone(),
+        legacy: (0..)
+            .zip(&options.legacy)
+            .map(|(index, &Mac(mac))| LegacyNic { name: format!("legacy{index}"), mac })
+            .collect(),
+        on_fault: Arc::clone(&on_fault),
     };
     let (sender, outcomes) = channel();
-    let on_fault: OnFault = Arc::new(|name, reason| eprintln!("{name} stopped: {reason}"));
-    let mut guest = Guest::new(parts, Services::default(), None, sender, &on_fault, || Ok(()))?;
+    let mut guest = Guest::new(parts, Services::default(), None, sender, &on_fault, Confine::none())?;
     std::thread::spawn(move || serial.feed_from(std::io::stdin()));
     guest.run();
     let result = loop {
@@ -132,6 +156,21 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn address_is_six_bytes_of_a_single_station() {
+        assert_eq!(parse_mac("02:00:00:00:ab:01"), Ok(Mac([2, 0, 0, 0, 0xab, 1])));
+        for wrong in [
+            "",
+            "02:00:00:00:ab",
+            "02:00:00:00:ab:01:02",
+            "2:0:0:0:0:+1",
+            "01:00:5e:00:00:01",
+            "02:00:00:00:ab:0g",
+        ] {
+            assert!(parse_mac(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn sizes_are_numbers_with_a_unit_and_whole_huge_pages() {

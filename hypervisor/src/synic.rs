@@ -17,6 +17,10 @@ pub const SINT: u32 = 2;
 /// Bytes of a SINT's slot in the message page and of its flags in the event flags page.
 const SLOT: u64 = 256;
 
+// A type, a size with flags, a sender, a payload; and one bit for each of the event flags.
+const _: () = assert!(SLOT == 16 + crate::hypercall::PAYLOAD as u64);
+const _: () = assert!(SLOT * 8 == vmbus::channel::EVENT_FLAGS as u64);
+
 /// Type of a message that a guest or host port posted.
 const MESSAGE_TYPE: u32 = 1;
 
@@ -214,5 +218,32 @@ mod tests {
         assert_eq!(synic.post(2, &[1], false), Posted::Off);
         assert_eq!(on().flags(), Some(0x2200));
         assert_eq!(Registers { control: 0, ..on() }.flags(), None);
+    }
+
+    /// Memory ends within the message page, or begins there: a slot is there as a whole or not at all.
+    #[test]
+    fn message_page_at_an_edge_of_memory_takes_a_message_or_nothing() {
+        for (len, slot_is_there) in [(0x1200, false), (0x12fc, false), (0x1300, true)] {
+            let mapping = Arc::new(Mapping::memfd("guest", 0x2000).unwrap().0);
+            let region = Region::new(0, 0, len, mapping, 0).unwrap();
+            let memory = Arc::new(GuestMemory::new(vec![region], None).unwrap());
+            let synic = Synic::new(Arc::clone(&memory), 1).unwrap();
+            synic.update(0, Registers { control: 1, flags_page: 0x1001, message_page: 0x1001 });
+            let expected = if slot_is_there { Posted::Done } else { Posted::Off };
+            assert_eq!(synic.post(0, &[1; 240], false), expected, "{len:#x}");
+            assert_eq!(synic.interrupt(0).unwrap().clear(), slot_is_there);
+        }
+    }
+
+    /// The guest may put both pages in one place, and where messages of others lie.
+    #[test]
+    fn message_page_that_is_the_flags_page_is_the_guests_own_trouble() {
+        let (synic, memory) = synic();
+        synic.update(0, Registers { control: 1, flags_page: 0x3001, message_page: 0x3001 });
+        memory.word(0x3200).unwrap().store(u32::MAX, Ordering::SeqCst);
+        assert_eq!(synic.post(0, &[1; 8], false), Posted::Busy);
+        memory.word(0x3200).unwrap().store(0, Ordering::SeqCst);
+        assert_eq!(synic.post(0, &[1; 8], false), Posted::Done);
+        assert_eq!(memory.segment(0x3300, 8).unwrap().read(), Some([0; 8]), "nothing behind the slot");
     }
 }

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 
@@ -113,6 +113,8 @@ pub struct Handle {
     kick: Kick,
     /// Its thread, once it runs.
     thread: AtomicI32,
+    /// It has reported a panic: once is enough, and a guest may do it without end.
+    panicked: AtomicBool,
     /// Exits.
     pub exits: Exits,
 }
@@ -120,7 +122,7 @@ pub struct Handle {
 impl Handle {
     /// Of a processor that has no thread yet.
     pub fn new(kick: Kick) -> Self {
-        Self { kick, thread: AtomicI32::new(0), exits: Exits::default() }
+        Self { kick, thread: AtomicI32::new(0), panicked: AtomicBool::new(false), exits: Exits::default() }
     }
 
     /// Makes the processor look at the gate.
@@ -266,8 +268,11 @@ impl Vcpu {
         });
     }
 
-    /// Reads the crash registers and tells.
+    /// Reads the crash registers and tells, once.
     fn report_panic(&self, message: bool) {
+        if self.handle.panicked.swap(true, Ordering::Relaxed) {
+            return;
+        }
         let entries: Vec<_> = (MSR_CRASH_P0..MSR_CRASH_P0 + 5)
             .map(|index| kvm_msr_entry { index, ..Default::default() })
             .collect();

@@ -369,6 +369,11 @@ impl Nvsp {
         self.config.spoofing = allowed;
     }
 
+    /// What the NIC has moved, as last told.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
     /// What the NIC has moved, for when the guest asks.
     pub fn set_statistics(&mut self, statistics: Statistics) {
         self.statistics = statistics;

@@ -71,7 +71,6 @@ pub fn fuzz(data: &[u8]) {
     let mut input = Input(data);
     let queues = u16::from(input.byte() % 3) + 1;
     let rsc = input.one_in(2);
-    // A port of its own: a fault of the last guest may still be on its way to the last one's.
     rig.port(1, |_| ()).expect("a port");
     let (vmm, switch) = Vmm::new("nic1", MEMORY).expect("a guest");
     rig.serve("nic1", switch).expect("a link");
@@ -190,7 +189,6 @@ fn transmit(input: &mut Input<'_>, queue: usize) -> Transmit {
 #[cfg(test)]
 mod tests {
     #[test]
-    #[ignore = "an adapter now and then does not come up after a hostile one: under investigation"]
     fn random_programs_harm_nobody() {
         let mut random = 0x1234_5678_9abc_def1_u64;
         for _ in 0..60 {

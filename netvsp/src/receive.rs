@@ -4,12 +4,18 @@
 //! copied once from the sender's memory. The frames of a burst go into one type-7 packet with a range each, so the ring, the
 //! guest's interrupt and its completion are paid once per burst. A large frame for a guest with RSC is cut into as many
 //! sections as it needs, all in one packet (netvsp.md §9); nothing else of it is touched.
+//!
+//! A checksum that its sender left to be done is done here, on the way: the frame goes through a buffer of ours block by
+//! block, and is summed there. Only a large frame has none: what stands for many has no checksum of its own. Per-packet
+//! information vouches for both, but a guest that switched receive checksums off looks at the field (Linux never says so),
+//! and so does every program that reads whole frames.
 
 use vmbus::pages::Pages;
 use vmq::Mac;
 use vmq::frame::{Burst, Checksum, Frame};
 use vmq::memory::{Next, Room, Segment};
 use vmq::rss::{Flow, Rss, Transport};
+use vswitch::offload::checksum;
 use vswitch::parse::{Headers, L4, ethertype};
 
 use crate::control::PacketFilter;
@@ -23,8 +29,18 @@ const _: () = assert!(HEADER_MAX as usize == MAX_RX_HEADER);
 /// Bytes at a section's end that are not used: Windows reads beyond the packet (netvsp.md §4).
 const SECTION_TAIL: u32 = 36;
 
+/// Bytes of a frame that the switch has a copy of.
+const HEAD_BYTES: u32 = 64;
+const _: () = assert!(HEAD_BYTES as usize == vmq::frame::HEAD_BYTES);
+
 const TAG_AT: usize = 12;
 const TAG: u32 = 4;
+
+/// Bytes that are summed at once.
+const BLOCK: usize = 2048;
+
+/// Where UDP has its checksum, from its header on: none would be 0 there.
+const UDP_CHECKSUM: u16 = 6;
 
 /// How frames are written for one guest.
 #[derive(Debug, Clone)]
@@ -52,6 +68,15 @@ pub(crate) struct Layout {
     piece: u32,
     /// Sections.
     pub(crate) sections: usize,
+}
+
+/// Where a frame is written.
+#[derive(Debug)]
+pub(crate) struct Target<'t> {
+    pub(crate) pages: &'t Pages,
+    pub(crate) sections: &'t [u32],
+    /// Where the frame after it lies and goes.
+    pub(crate) next: Next,
 }
 
 impl Form {
@@ -88,18 +113,17 @@ impl Form {
         Some(Layout { vlan, len, piece, sections })
     }
 
-    /// Writes `frame` into `sections` of `pages`, and names each one's range, length first. False if the buffer is not
-    /// there.
+    /// Writes `frame` to `target`, and names the range in each section, length first. False if the buffer is not there.
     #[inline]
     pub(crate) fn write(
         &self,
         burst: &Burst<'_>,
         frame: &Frame,
         layout: &Layout,
-        pages: &Pages,
-        sections: &[u32],
+        target: &Target<'_>,
         mut range: impl FnMut(u32, u32),
     ) -> bool {
+        let &Target { pages, sections, next } = target;
         let mut header = self.header(frame, layout.vlan);
         let mut source = Source::new(burst, frame, layout.vlan.is_some());
         let (mut left, last) = (layout.len, sections.len().saturating_sub(1));
@@ -119,7 +143,21 @@ impl Form {
             let Some(mut rooms) = pages.rooms(at, total) else { return false };
             let Some(room) = rooms.next() else { return false };
             let room = write_header(room, &bytes[..written], &mut rooms);
-            source.fill(room, &mut rooms, len);
+            match frame.offload.checksum {
+                Checksum::Partial { start, offset } if frame.offload.gso.is_none() => {
+                    let tag = if layout.vlan.is_some() { TAG } else { 0 };
+                    let start = u32::from(start).saturating_sub(tag);
+                    let sum = source.fill_summed(room, &mut rooms, len, start, next);
+                    let udp = offset == UDP_CHECKSUM;
+                    let value = if udp { checksum::finish_udp(sum) } else { checksum::finish(sum) };
+                    let field = total - len + start + u32::from(offset);
+                    // That it lies in the frame was checked when it came in.
+                    if field + 2 <= total && !pages.write(at + field, &value.to_be_bytes()) {
+                        return false;
+                    }
+                }
+                _ => source.fill(room, &mut rooms, len, next),
+            }
             range(total, at);
         }
         true
@@ -212,7 +250,7 @@ impl<'b> Source<'b> {
 
     /// Writes the next `len` bytes.
     #[inline]
-    fn fill<'p>(&mut self, room: Room<'p>, rooms: &mut impl Iterator<Item = Room<'p>>, len: u32) {
+    fn fill<'p>(&mut self, room: Room<'p>, rooms: &mut impl Iterator<Item = Room<'p>>, len: u32, next: Next) {
         let (mut room, mut left) = (room, len);
         while left > 0 {
             if room.is_empty() {
@@ -224,10 +262,47 @@ impl<'b> Source<'b> {
                 return;
             }
             let piece = self.first.take(left.min(room.len()));
-            room = room.copy(piece, Next::NONE);
+            // While a tail moves, the next frame's lines are fetched; heads are in the cache already.
+            let next = if piece.len() > HEAD_BYTES { next } else { Next::NONE };
+            room = room.copy(piece, next);
             self.first = self.first.skip(piece.len());
             left -= piece.len();
         }
+    }
+
+    /// Writes the next `len` bytes, and gives the partial sum of those from `start` on.
+    fn fill_summed<'p>(
+        &mut self,
+        mut room: Room<'p>,
+        rooms: &mut impl Iterator<Item = Room<'p>>,
+        len: u32,
+        start: u32,
+        next: Next,
+    ) -> u32 {
+        let mut block = [0; BLOCK];
+        let (mut at, mut sum, mut odd) = (0, 0, false);
+        while at < len {
+            if room.is_empty() {
+                let Some(next) = rooms.next() else { break };
+                room = next;
+                continue;
+            }
+            if self.first.is_empty() && !self.advance() {
+                break;
+            }
+            let count = self.first.take((len - at).min(room.len())).read_into(&mut block);
+            let bytes = &block[..count];
+            // A block is no longer than 32 bits can say.
+            let count = u32::try_from(count).unwrap_or(0);
+            let next = if count > HEAD_BYTES { next } else { Next::NONE };
+            room = room.copy(bytes.into(), next);
+            self.first = self.first.skip(count);
+            let summed = bytes.get(start.saturating_sub(at) as usize..).unwrap_or_default();
+            sum = checksum::combine(sum, checksum::sum(summed, 0), odd);
+            odd ^= summed.len() % 2 == 1;
+            at += count;
+        }
+        sum
     }
 
     #[inline]

@@ -1,11 +1,13 @@
 //! One virtual machine's adapters: a thread that hears from its VMM which channels are open, and serves them.
 //!
 //! The thread does control work only; frames are moved by the switch's workers. What goes back to the VMM goes through a
-//! second thread, since a worker that found a guest's request must not wait for a VMM that does not read.
+//! second thread, since a worker that found a guest's request must not wait for a VMM that does not read. A VMM that asks
+//! and does not read the answers is not heard any more until it does; one that leaves what workers have to say unread
+//! loses its link.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -42,7 +44,7 @@ pub enum LinkError {
     /// The guest's memory was not told first, or told twice.
     #[error("guest memory told {0}")]
     MemoryOrder(&'static str),
-    /// A device twice under one number.
+    /// A device twice under one number, or one adapter under two.
     #[error("device {0} told twice")]
     DeviceTwice(u32),
     /// More devices than any guest has.
@@ -59,6 +61,16 @@ pub enum LinkError {
 /// Devices of one VM.
 const MAX_DEVICES: usize = 256;
 
+/// Pages that a VM's adapters are granted at most: 1 GiB, each with an entry in our tables. As much as a VMBus root lets
+/// a guest grant in all (`RootConfig::max_gpadl_pages`).
+const MAX_PAGES: usize = 1 << 18;
+
+/// What waits to be told to the VMM at most.
+const MAX_ERRANDS: usize = 1024;
+
+/// Lines that a link writes to the log about what its guest does wrong.
+const MAX_LINES: u32 = 100;
+
 type Nics = Arc<Mutex<BTreeMap<u32, (String, Nic)>>>;
 
 /// The link to one VMM. Dropped, it closes: the guest's channels stay as they are, for a successor to take over.
@@ -66,7 +78,7 @@ type Nics = Arc<Mutex<BTreeMap<u32, (String, Nic)>>>;
 pub struct Link {
     connection: Arc<SwitchConnection>,
     nics: Nics,
-    answers: Option<Sender<Errand>>,
+    answers: Option<SyncSender<Errand>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -92,14 +104,14 @@ impl Link {
             answers: None,
             thread: None,
         };
-        let (answers, outbox) = channel::<Errand>();
+        let (answers, outbox) = sync_channel::<Errand>(MAX_ERRANDS);
         link.answers = Some(answers.clone());
         let (writer, known) = (Arc::clone(&connection), Arc::clone(&nics));
         let write = move || run_errands(&writer, &known, &outbox);
         let writing = std::thread::Builder::new().name("netvsp-answers".into()).spawn(write)?;
         let serve = move || {
-            let mut session = Session { nics, resolve, memory: None, answers };
-            let outcome = session.run(&connection);
+            let mut session = Session::new(&connection, nics, resolve, answers);
+            let outcome = session.run();
             session.nics().clear();
             connection.shutdown();
             let _ = session.answers.send(Errand::End);
@@ -116,7 +128,8 @@ impl Link {
         let found = nics.values().find(|(known, _)| known == name);
         let found = found.map(|(_, nic)| nic.set_link(up)).is_some();
         if let Some(answers) = &self.answers {
-            let _ = answers.send(Errand::Tick);
+            // Before each errand that waits there is a look anyway.
+            let _ = answers.try_send(Errand::Tick);
         }
         found
     }
@@ -144,8 +157,9 @@ fn run_errands(connection: &SwitchConnection, nics: &Nics, errands: &Receiver<Er
         };
         match errand {
             Ok(Errand::Answer(message)) => {
-                // When sending fails the reader finds out as well.
-                let _ = connection.send(&message);
+                if connection.send(&message).is_err() {
+                    connection.shutdown();
+                }
             }
             Ok(Errand::Tick) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Errand::End) | Err(RecvTimeoutError::Disconnected) => return,
@@ -166,24 +180,56 @@ impl Drop for Link {
 
 /// What the thread knows.
 struct Session {
+    connection: Arc<SwitchConnection>,
     nics: Nics,
     resolve: Resolve,
     memory: Option<Arc<GuestMemory>>,
-    answers: Sender<Errand>,
+    answers: SyncSender<Errand>,
+    /// Pages of each GPADL, by device and handle, and of all together.
+    granted: BTreeMap<(u32, u32), usize>,
+    pages: usize,
+    /// Lines that may still be logged.
+    lines: u32,
 }
 
 impl Session {
+    fn new(
+        connection: &Arc<SwitchConnection>,
+        nics: Nics,
+        resolve: Resolve,
+        answers: SyncSender<Errand>,
+    ) -> Self {
+        Self {
+            connection: Arc::clone(connection),
+            nics,
+            resolve,
+            memory: None,
+            answers,
+            granted: BTreeMap::new(),
+            pages: 0,
+            lines: MAX_LINES,
+        }
+    }
+
+    /// False if the guest has had enough of the log.
+    fn may_log(&mut self) -> bool {
+        let may = self.lines > 0;
+        self.lines = self.lines.saturating_sub(1);
+        may
+    }
+
     fn nics(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, (String, Nic)>> {
         self.nics.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits while the VMM does not read.
     fn answer(&self, message: FromSwitch) {
         // The writer is gone only if the connection is.
         let _ = self.answers.send(Errand::Answer(message));
     }
 
-    fn run(&mut self, connection: &SwitchConnection) -> Result<(), LinkError> {
-        while let Some(message) = connection.receive()? {
+    fn run(&mut self) -> Result<(), LinkError> {
+        while let Some(message) = self.connection.receive()? {
             self.handle(message)?;
         }
         Ok(())
@@ -207,19 +253,15 @@ impl Session {
                 }
             }
             FromVmm::Gpadl { device, gpadl, byte_count, byte_offset, pfns } => {
-                let memory = self.memory()?;
-                let pages = Pages::new(memory, &pfns).ok();
-                let pages = pages.filter(|pages| byte_offset == 0 && byte_count == pages.len());
-                let ok = match (self.nics().get(&device), pages) {
-                    (Some((_, nic)), Some(pages)) => nic.gpadl(gpadl, pages),
-                    _ => false,
-                };
+                self.memory()?;
+                let ok = byte_offset == 0 && self.grant((device, gpadl), byte_count, &pfns);
                 self.answer(FromSwitch::GpadlAccepted { device, gpadl, ok });
             }
             FromVmm::GpadlTeardown { device, gpadl } => {
                 if let Some((_, nic)) = self.nics().get(&device) {
                     nic.gpadl_teardown(gpadl);
                 }
+                self.pages -= self.granted.remove(&(device, gpadl)).unwrap_or(0);
                 self.answer(FromSwitch::GpadlReleased { device, gpadl });
             }
             FromVmm::Open { device, index, gpadl, downstream_page, target, doorbell, resumed, .. } => {
@@ -228,7 +270,9 @@ impl Session {
                     OpenRequest { index, gpadl, downstream_page, target: Some(target), doorbell, resumed };
                 let opened = self.nics().get(&device).map(|(_, nic)| nic.open(&memory, request));
                 let ok = matches!(opened, Some(Ok(())));
-                if let Some(Err(error)) = opened {
+                if let Some(Err(error)) = opened
+                    && self.may_log()
+                {
                     tracing::warn!(device, index, %error, "channel not opened");
                 }
                 self.answer(FromSwitch::Opened { device, index, ok });
@@ -240,18 +284,43 @@ impl Session {
                 self.answer(FromSwitch::Closed { device, index });
             }
             FromVmm::Retarget { device, index, target, .. } => {
-                if let Some((_, nic)) = self.nics().get(&device) {
-                    nic.retarget(index, target);
+                let moved = self.nics().get(&device).map(|(_, nic)| nic.retarget(index, target));
+                if let Some(Err(error)) = moved
+                    && self.may_log()
+                {
+                    tracing::warn!(device, index, %error, "interrupt not moved");
                 }
             }
             FromVmm::Gone { device } => {
-                if let Some((_, nic)) = self.nics().remove(&device) {
+                let gone = self.nics().remove(&device);
+                if let Some((_, nic)) = gone {
                     nic.gone();
                 }
+                let pages = &mut self.pages;
+                self.granted.retain(|&(of, _), count| {
+                    *pages -= if of == device { *count } else { 0 };
+                    of != device
+                });
             }
             FromVmm::Ready => self.nics().values().for_each(|(_, nic)| nic.ready()),
         }
         Ok(())
+    }
+
+    /// Takes memory that the guest grants. False if it is none, or too much.
+    fn grant(&mut self, (device, gpadl): (u32, u32), byte_count: u32, pfns: &[u64]) -> bool {
+        let count = pfns.len();
+        if self.pages.saturating_add(count) > MAX_PAGES {
+            return false;
+        }
+        let pages = self.memory.as_ref().and_then(|memory| Pages::new(memory, pfns).ok());
+        let Some(pages) = pages.filter(|pages| byte_count == pages.len()) else { return false };
+        let ok = self.nics().get(&device).is_some_and(|(_, nic)| nic.gpadl(gpadl, pages));
+        if ok {
+            self.granted.insert((device, gpadl), count);
+            self.pages += count;
+        }
+        ok
     }
 
     fn device(
@@ -262,20 +331,28 @@ impl Session {
         resumed: bool,
     ) -> Result<(), LinkError> {
         self.memory()?;
-        if self.nics().contains_key(&device) {
+        let known = |nics: &BTreeMap<u32, (String, Nic)>| {
+            nics.contains_key(&device) || nics.values().any(|(known, _)| *known == name)
+        };
+        if known(&self.nics()) {
             return Err(LinkError::DeviceTwice(device));
         }
         if self.nics().len() == MAX_DEVICES {
             return Err(LinkError::TooManyDevices);
         }
         let Some((port, config)) = (self.resolve)(&name) else {
-            tracing::warn!(device, name, "adapter that no port belongs to");
+            if self.may_log() {
+                tracing::warn!(device, name, "adapter that no port belongs to");
+            }
             return Ok(());
         };
-        let state = Mapping::shared(std::os::fd::AsFd::as_fd(state), 0, handover::STATE_BYTES)?;
-        let answers = self.answers.clone();
+        let state = Mapping::from_peer(std::os::fd::AsFd::as_fd(state), 0, handover::STATE_BYTES)?;
+        let (answers, connection) = (self.answers.clone(), Arc::clone(&self.connection));
         let requests = Box::new(move |message| {
-            let _ = answers.send(Errand::Answer(message));
+            if let Err(TrySendError::Full(_)) = answers.try_send(Errand::Answer(message)) {
+                // Whoever asks must not wait, and a VMM that missed a message must not go on as if there was none.
+                connection.shutdown();
+            }
         });
         let nic = Nic::new(device, port, config, Arc::new(state), resumed, requests)?;
         self.nics().insert(device, (name, nic));

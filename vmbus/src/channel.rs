@@ -134,14 +134,20 @@ impl Interrupt {
     /// # Errors
     /// The target makes no sense; the old one stays.
     pub fn retarget(&self, target: InterruptTarget) -> Result<(), InterruptError> {
-        if target.flag >= EVENT_FLAGS {
-            return Err(InterruptError::Flag(target.flag));
+        self.aim(target.flags_gpa, target.flag, Doorbell::from_peer(target.eventfd)?)
+    }
+
+    /// As [`Interrupt::retarget`], with an eventfd of our own.
+    ///
+    /// # Errors
+    /// The flags are not in memory; the old target stays.
+    pub fn aim(&self, flags_gpa: u64, flag: u16, eventfd: Doorbell) -> Result<(), InterruptError> {
+        if flag >= EVENT_FLAGS {
+            return Err(InterruptError::Flag(flag));
         }
-        let not_memory = InterruptError::NotMemory(target.flags_gpa);
-        let gpa = target.flags_gpa.checked_add(u64::from(target.flag / 32) * 4);
-        let Some(flags) = gpa.and_then(|gpa| self.memory.word(gpa)) else { return Err(not_memory) };
-        let eventfd = Doorbell::from_peer(target.eventfd)?;
-        self.line.store(Some(Arc::new(Line { flags, bit: 1 << (target.flag % 32), eventfd })));
+        let gpa = flags_gpa.checked_add(u64::from(flag / 32) * 4);
+        let flags = gpa.and_then(|gpa| self.memory.word(gpa)).ok_or(InterruptError::NotMemory(flags_gpa))?;
+        self.line.store(Some(Arc::new(Line { flags, bit: 1 << (flag % 32), eventfd })));
         Ok(())
     }
 

@@ -16,7 +16,6 @@ fn rings_keep_their_promises_on_the_corpus() {
 }
 
 #[test]
-#[ignore = "a seed breaks a promise: under investigation"]
 fn hand_over_messages_keep_their_promises_on_the_corpus() {
     replay("vmbus_handover", vmbus::handover::fuzz::fuzz);
 }

@@ -109,6 +109,19 @@ mod tests {
     }
 
     #[test]
+    fn ring_of_a_thread_that_waits_for_its_processor_is_heard_and_its_doorbell_lives() {
+        let theirs = eventfd(0, EventfdFlags::empty()).unwrap();
+        let ours = Doorbell::from_peer(theirs.try_clone().unwrap()).unwrap();
+        let helped = watch::during(&ours.fd, || {
+            rustix::io::write(&theirs, &1u64.to_ne_bytes()).unwrap();
+            // Taken off its processor before it comes back from the kernel, for some looks of the watch.
+            std::thread::sleep(5 * watch::ROUND);
+        });
+        assert!(!helped);
+        assert!(ours.clear(), "the ring was swallowed");
+    }
+
+    #[test]
     fn descriptor_that_is_no_eventfd_is_refused() {
         let (_reader, writer) = std::io::pipe().unwrap();
         assert!(Doorbell::from_peer(writer.into()).is_err());

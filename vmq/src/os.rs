@@ -32,6 +32,13 @@ pub fn pin_thread(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether an eventfd's counter is full, so that a write waits. `fd` is a number that another thread has in use right now.
+pub(crate) fn counter_is_full(fd: std::os::fd::RawFd) -> bool {
+    let mut look = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: the call reads and writes `look` only; a number that is no descriptor is told there.
+    unsafe { libc::poll(&raw mut look, 1, 0) == 0 }
+}
+
 /// Takes an eventfd's counter back to 0 without waiting. `fd` is a number that another thread has in use right now; should
 /// it have closed it this instant, some other file of this process loses eight bytes that could be read at once.
 pub(crate) fn empty_counter(fd: std::os::fd::RawFd) {

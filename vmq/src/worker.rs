@@ -5,6 +5,10 @@
 //! ports are 384 entries in an epoll set, and no work). While some tasks are active the doorbells of the others are
 //! looked at every few rounds; when none is active the worker sleeps.
 //!
+//! Polling in vain takes the processor from others, and costs a system call a round for a device. So each task has a window
+//! of its own: it grows while frames come soon after the task was armed, when a longer one would have caught them, and
+//! shrinks, to nothing at last, while they do not.
+//!
 //! The arming order makes a lost wake-up impossible: ask for doorbells, then look once more, then sleep.
 
 use std::os::fd::AsFd;
@@ -138,7 +142,7 @@ impl<S> std::fmt::Debug for Worker<S> {
 }
 
 impl<S: Default + 'static> Worker<S> {
-    /// Starts a worker pinned to `cpu`. A task that moved nothing for `idle` goes to sleep.
+    /// Starts a worker pinned to `cpu`. A task that moved nothing for `idle`, or less, goes to sleep.
     ///
     /// # Errors
     /// The processor is not available, or the process is out of descriptors or threads.
@@ -236,13 +240,29 @@ const ROUNDS_PER_CHECK: u32 = 16;
 
 enum Phase {
     Active { idle_since: Option<Nanos> },
-    Armed { until: Option<Nanos> },
+    Armed { until: Option<Nanos>, since: Nanos },
+}
+
+/// How long a task is polled in vain before it is armed; at most what the worker allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Window(Nanos);
+
+impl Window {
+    /// The task was armed for `slept`; `most` is the longest window.
+    fn adapt(&mut self, slept: Nanos, most: Nanos) {
+        self.0 = match self.0 {
+            now if slept < most => now.saturating_mul(2).clamp(most / 4, most),
+            now if now > most / 8 => now / 2,
+            _ => 0,
+        };
+    }
 }
 
 struct Slot<S> {
     id: TaskId,
     task: Arc<dyn Task<S>>,
     phase: Phase,
+    window: Window,
     /// What is in the epoll set for this slot. Held so that it can be taken out again: a descriptor whose file is
     /// shared with a guest does not leave the set by being closed here.
     registered: Option<Arc<dyn AsFd + Send + Sync>>,
@@ -271,14 +291,16 @@ impl<S: Default> Loop<S> {
             rounds = rounds.wrapping_add(1);
             if self.active.is_empty() {
                 self.sleep();
-            } else if !moved || rounds.is_multiple_of(ROUNDS_PER_CHECK) {
+                continue;
+            }
+            if rounds.is_multiple_of(ROUNDS_PER_CHECK) {
                 self.look(Some(Timespec { tv_sec: 0, tv_nsec: 0 }));
                 if self.timed {
                     self.wake_due();
                 }
-                if !moved {
-                    std::hint::spin_loop();
-                }
+            }
+            if !moved {
+                std::hint::spin_loop();
             }
         }
     }
@@ -326,7 +348,7 @@ impl<S: Default> Loop<S> {
         let Some(slot) = self.slots[index].as_mut() else { return false };
         let Phase::Active { idle_since } = &mut slot.phase else { return false };
         let since = *idle_since.get_or_insert(now);
-        if now.saturating_sub(since) < self.idle {
+        if now.saturating_sub(since) < slot.window.0 {
             return true;
         }
         let until = match slot.task.arm() {
@@ -351,7 +373,7 @@ impl<S: Default> Loop<S> {
             }
         };
         if let Some(slot) = self.slots[index].as_mut() {
-            slot.phase = Phase::Armed { until };
+            slot.phase = Phase::Armed { until, since: now };
         }
         false
     }
@@ -383,8 +405,9 @@ impl<S: Default> Loop<S> {
 
     fn activate(&mut self, index: usize) {
         if let Some(Some(slot)) = self.slots.get_mut(index)
-            && matches!(slot.phase, Phase::Armed { .. })
+            && let Phase::Armed { since, .. } = slot.phase
         {
+            slot.window.adapt(self.clock.now().saturating_sub(since), self.idle);
             slot.task.disarm();
             slot.phase = Phase::Active { idle_since: None };
             self.active.push(index);
@@ -439,7 +462,8 @@ impl<S: Default> Loop<S> {
         for command in commands {
             match command {
                 Command::Add(id, task) => {
-                    let slot = Slot { id, task, phase: Phase::Armed { until: None }, registered: None };
+                    let phase = Phase::Armed { until: None, since: self.clock.now() };
+                    let slot = Slot { id, task, phase, window: Window(self.idle), registered: None };
                     let index = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
                     if index == self.slots.len() {
                         self.slots.push(Some(slot));
@@ -467,7 +491,7 @@ impl<S: Default> Loop<S> {
 impl<S> Slot<S> {
     fn due(&self) -> Option<Nanos> {
         match self.phase {
-            Phase::Armed { until } => until,
+            Phase::Armed { until, .. } => until,
             Phase::Active { .. } => None,
         }
     }

@@ -209,7 +209,7 @@ impl Task<Scratch> for SourceQueue {
         self.counters.add(&tally);
         if let Err(fault) = outcome {
             *source = Source::Absent;
-            drop(state);
+            // Under the lock: a restart that follows must not be undone by the fault it ended.
             self.port.fault(fault);
             return Polled::Empty;
         }
@@ -431,7 +431,6 @@ impl Outlet {
         }
         if let Some(fault) = fault {
             *state = Sink::Absent(DropReason::Faulted);
-            drop(state);
             self.port.fault(fault);
         }
         sink.counters.add(&tally);

@@ -1,4 +1,4 @@
-//! A control group (v2) for each VM: its weight and its limit. They lie in a group of their own below the hierarchy's root,
+//! A control group (v2) for each VM: its processors' weight and limit, and the most memory it can ever take. They lie in a group of their own below the hierarchy's root,
 //! not in that of the daemon's service: a service manager that ends all of a service's group leaves the VMs alone.
 
 use std::io;
@@ -8,6 +8,8 @@ use super::spec::{CpuSpec, VmSpec};
 
 /// Group of all VMs.
 const GROUP: &str = "switchyard";
+/// What a worker takes beside its guest's memory, in bytes, page tables for the guest aside: far more than it ever needs.
+const OWN_MEMORY: u64 = 64 << 20;
 /// Period of a limit in microseconds, the kernel's default.
 const PERIOD: u64 = 100_000;
 
@@ -65,10 +67,11 @@ fn mount(mounts: &str) -> Option<&str> {
     })
 }
 
-/// Has the controller handed down to the group of all VMs.
+/// Has the controllers handed down to the group of all VMs: that of processors, and that of memory where there is one.
 fn prepare(root: &Path) -> io::Result<PathBuf> {
     let offered = std::fs::read_to_string(root.join("cgroup.controllers"))?;
-    if !offered.split_whitespace().any(|controller| controller == "cpu") {
+    let offered = |wanted: &str| offered.split_whitespace().any(|controller| controller == wanted);
+    if !offered("cpu") {
         return Err(io::Error::other("the cpu controller is not offered (does cgroup v1 hold it?)"));
     }
     let group = root.join(GROUP);
@@ -77,13 +80,23 @@ fn prepare(root: &Path) -> io::Result<PathBuf> {
         _ => {}
     }
     for parent in [root, &group] {
-        let control = parent.join("cgroup.subtree_control");
-        let enabled = std::fs::read_to_string(&control).unwrap_or_default();
-        if !enabled.split_whitespace().any(|controller| controller == "cpu") {
-            std::fs::write(&control, "+cpu")?;
+        hand_down(parent, "cpu")?;
+        if offered("memory")
+            && let Err(error) = hand_down(parent, "memory")
+        {
+            tracing::debug!("{}: VMs' memory is not limited: {error}", parent.display());
         }
     }
     Ok(group)
+}
+
+fn hand_down(parent: &Path, controller: &str) -> io::Result<()> {
+    let control = parent.join("cgroup.subtree_control");
+    let enabled = std::fs::read_to_string(&control).unwrap_or_default();
+    if enabled.split_whitespace().any(|enabled| enabled == controller) {
+        return Ok(());
+    }
+    std::fs::write(&control, format!("+{controller}"))
 }
 
 impl Cgroup {
@@ -98,7 +111,12 @@ impl Cgroup {
     /// What the kernel refused, in words for the operator.
     pub fn apply(&self, spec: &VmSpec, cpus: usize) -> Result<(), String> {
         self.write("cpu.weight", &weight(spec, cpus).to_string())?;
-        self.write("cpu.max", &limit(spec))
+        self.write("cpu.max", &limit(spec))?;
+        // Without the controller there is no such file.
+        if self.path.join("memory.max").exists() {
+            self.write("memory.max", &most_memory(spec).to_string())?;
+        }
+        Ok(())
     }
 
     /// Puts a process with all its threads into it.
@@ -137,6 +155,11 @@ fn limit(spec: &VmSpec) -> String {
     }
 }
 
+/// `memory.max` in bytes: the guest's maximum, the page tables for it (two words a page, and some more), and the worker.
+fn most_memory(spec: &VmSpec) -> u64 {
+    spec.memory.maximum.saturating_add(spec.memory.maximum / 128).saturating_add(OWN_MEMORY)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::spec;
@@ -151,18 +174,22 @@ mod tests {
 
     #[test]
     fn group_has_weight_limit_and_the_process() {
-        let root = hierarchy("cpuset cpu io\n");
+        let root = hierarchy("cpuset cpu io memory\n");
         let mut spec = spec("web");
         (spec.vcpus, spec.cpu.limit, spec.cpu.weight) = (4, 50, 300);
         let group = Cgroups::below(root.path()).group("web").unwrap();
+        std::fs::write(group.path().join("memory.max"), "max").unwrap();
         group.apply(&spec, 8).unwrap();
         group.enter(77).unwrap();
         let read =
             |file: &str| std::fs::read_to_string(root.path().join("switchyard/web").join(file)).unwrap();
         assert_eq!((read("cpu.weight"), read("cpu.max")), ("300".into(), "200000 100000".into()));
         assert_eq!(read("cgroup.procs"), "77");
+        let most: u64 = read("memory.max").parse().unwrap();
+        assert!((spec.memory.maximum + OWN_MEMORY..spec.memory.maximum * 2 + OWN_MEMORY).contains(&most));
         let enabled = std::fs::read_to_string(root.path().join("switchyard/cgroup.subtree_control")).unwrap();
-        assert_eq!(enabled, "+cpu");
+        // A plain file keeps what was written last.
+        assert_eq!(enabled, "+memory");
     }
 
     #[test]

@@ -295,7 +295,8 @@ impl GuestReport {
             heartbeat: guest.heartbeat,
             os: value("OSName"),
             version: value("OSVersion").or_else(|| value("OSBuildNumber")),
-            hostname: value("FullyQualifiedDomainName"),
+            // A guest that cannot tell says why instead.
+            hostname: value("FullyQualifiedDomainName").filter(|name| !name.contains(' ')),
             addresses: addresses.map(str::to_owned).collect(),
             values: guest.values.clone(),
             services: guest.services.clone(),

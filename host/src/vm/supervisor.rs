@@ -27,6 +27,9 @@ const CLOSED: &str = "its worker closed the control connection";
 /// Faults that are remembered of a run: a guest may cause them without end.
 const MAX_FAULTS: usize = 64;
 
+/// Characters of a fault's device and reason that are remembered: they are the worker's words.
+const MAX_WORDS: usize = 1024;
+
 /// Where the outcome of an order goes; whoever gave it may have gone.
 pub(super) type Reply<T> = mpsc::Sender<Result<T, VmError>>;
 
@@ -396,7 +399,8 @@ impl Supervisor {
                 if run.may_log() {
                     tracing::warn!("VM {name}: {} stopped: {}", device.escape_debug(), reason.escape_debug());
                 }
-                let fault = FaultReport { device, reason };
+                let cut = |words: String| words.chars().take(MAX_WORDS).collect();
+                let fault = FaultReport { device: cut(device), reason: cut(reason) };
                 if self.faults.len() < MAX_FAULTS && !self.faults.contains(&fault) {
                     self.faults.push(fault);
                 }

@@ -207,6 +207,13 @@ impl Worker {
                 self.faults.push((device.clone(), reason.clone()));
                 vec![Event::Fault { device, reason }]
             }
+            "faults without end" => {
+                let fault = |number| Event::Fault {
+                    device: "eth0".into(),
+                    reason: format!("{number}{}", "é".repeat(5000)),
+                };
+                (0..200).map(fault).collect()
+            }
             "off" => self.become_state(State::Off),
             _ => {
                 self.values.retain(|(other, _)| other != key);

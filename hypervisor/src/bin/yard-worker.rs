@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::IsTerminal;
+
 use clap::Parser;
-use hypervisor::standalone;
+use hypervisor::{standalone, worker};
 
 /// Runs one virtual machine
 ///
@@ -15,7 +17,7 @@ struct Arguments {
     #[arg(long, requires = "kernel")]
     standalone: bool,
     #[command(flatten)]
-    options: Option<standalone::Options>,
+    options: standalone::Options,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -24,10 +26,15 @@ fn main() -> anyhow::Result<()> {
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .init();
+    // As yardd starts it: everything comes over a socket.
+    if std::env::args_os().len() == 1 {
+        return worker::run();
+    }
     match Arguments::parse() {
-        Arguments { standalone: true, options: Some(options) } => standalone::run(options),
+        Arguments { standalone: true, options } => standalone::run(options),
         _ => anyhow::bail!("started by hand without --standalone"),
     }
 }

@@ -15,13 +15,12 @@ mod filter;
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr, RulesetStatus, Scope,
 };
-use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, getpid, getsid, set_dumpable_behavior, setrlimit, setsid,
-};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, setsid};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
@@ -76,9 +75,6 @@ impl fmt::Display for Report {
         if !self.bounding {
             f.write_str(", bounding set as it was")?;
         }
-        if self.closed > 0 {
-            write!(f, ", {} stray descriptors closed", self.closed)?;
-        }
         Ok(())
     }
 }
@@ -120,6 +116,45 @@ impl From<ConfineError> for std::io::Error {
 
 fn kernel<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> ConfineError {
     move |source| ConfineError::Kernel { what, source: source.into() }
+}
+
+/// What each new thread calls before it begins its work.
+#[derive(Debug, Clone, Copy)]
+pub struct Confine {
+    /// Threads that run the guest.
+    pub vcpu: fn() -> std::io::Result<()>,
+    /// Threads of devices.
+    pub devices: fn() -> std::io::Result<()>,
+}
+
+impl Confine {
+    /// Threads of a worker that serves a daemon.
+    pub const STRICT: Self =
+        Self { vcpu: || Ok(thread(Class::Vcpu)?), devices: || Ok(thread(Class::Devices)?) };
+
+    /// Threads of a program that was started by hand: they may do what the program may.
+    pub fn none() -> Self {
+        Self { vcpu: || Ok(()), devices: || Ok(()) }
+    }
+}
+
+/// Starts a thread that is confined before it does anything else. The process ends if it cannot be.
+///
+/// # Errors
+/// Out of threads.
+pub fn spawn(
+    name: &str,
+    confine: fn() -> std::io::Result<()>,
+    run: impl FnOnce() + Send + 'static,
+) -> std::io::Result<JoinHandle<()>> {
+    let confined = move || match confine() {
+        Ok(()) => run(),
+        Err(error) => {
+            tracing::error!(%error, "a thread cannot be confined");
+            std::process::exit(1);
+        }
+    };
+    std::thread::Builder::new().name(name.into()).spawn(confined)
 }
 
 /// Set once the process is confined.
@@ -175,7 +210,11 @@ fn close_strays(keep: &[BorrowedFd<'_>]) -> Result<usize, ConfineError> {
 fn own_session() -> Result<bool, ConfineError> {
     match setsid() {
         Ok(_) => Ok(true),
-        Err(rustix::io::Errno::PERM) => Ok(getsid(None).map_err(kernel("find the session"))? == getpid()),
+        // Not rustix: the session is 0 where its leader is in another namespace of processes, or the kernel's first.
+        Err(rustix::io::Errno::PERM) => {
+            let session = nix::unistd::getsid(None).map_err(kernel("find the session"))?;
+            Ok(session == nix::unistd::getpid())
+        }
         Err(error) => Err(kernel("start a session")(error)),
     }
 }

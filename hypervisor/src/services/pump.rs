@@ -70,11 +70,15 @@ pub struct Pump {
 }
 
 impl Pump {
-    /// Starts the thread, with no channel open.
+    /// Starts the thread, which calls `confine` first, with no channel open.
     ///
     /// # Errors
     /// Out of descriptors or threads.
-    pub fn start(services: Services, on_fault: OnFault) -> std::io::Result<Self> {
+    pub fn start(
+        services: Services,
+        on_fault: OnFault,
+        confine: fn() -> std::io::Result<()>,
+    ) -> std::io::Result<Self> {
         let wake = Arc::new(Doorbell::new()?);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         watch(&epoll, &wake, WAKE)?;
@@ -83,7 +87,7 @@ impl Pump {
         let (sender, asks) = mpsc::channel();
         let time = Timeline { clock: Clock::default(), stopped: None, lost: 0 };
         let run = Loop { services, seats, asks, epoll, time, buffer: PacketBuffer::new(), on_fault };
-        let thread = std::thread::Builder::new().name("services".into()).spawn(move || run.run())?;
+        let thread = crate::confine::spawn("services", confine, move || run.run())?;
         Ok(Self { asks: Some(sender), wake, devices, thread: Some(thread) })
     }
 

@@ -8,6 +8,9 @@ use vmbus::root::{ChannelKey, DeviceId, GpadlId};
 
 use super::host::Host;
 
+/// Why an adapter is taken from the guest and offered anew.
+const NOT_TAKEN_OVER: &str = "the switch could not take its channels over; it is plugged in anew";
+
 impl Host {
     pub(super) fn give_gpadl(
         &mut self,
@@ -52,6 +55,9 @@ impl Host {
             return;
         };
         device.channels.insert(key.index, false);
+        if resumed {
+            device.resuming.insert(key.index);
+        }
         link.send(&FromVmm::Open {
             device: key.device.0,
             index: key.index,
@@ -91,9 +97,17 @@ impl Host {
                 let key = ChannelKey { device: DeviceId(device), index };
                 let Some(nic) = self.nics.get_mut(&key.device) else { return };
                 let Some(asked) = nic.channels.get(&index).copied() else { return };
+                let lost = nic.resuming.remove(&index) && !ok && !asked && !draining;
                 if !ok && !asked {
                     nic.channels.remove(&index);
                     self.wires.untie(key);
+                }
+                if lost {
+                    // The guest believes it open, and cannot be told otherwise.
+                    nic.again = true;
+                    (self.on_fault)(&nic.nic.name, NOT_TAKEN_OVER);
+                    nic.fault = Some(NOT_TAKEN_OVER.into());
+                    self.root.withdraw(key.device);
                 }
                 if !draining {
                     self.root.opened(key, ok);

@@ -1,11 +1,11 @@
 //! The thread: takes what guest, switch and worker say, and carries out the root's actions.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use vmbus::channel::{Interrupt, OpenChannel};
+use vmbus::channel::{Interrupt, InterruptTarget, OpenChannel};
 use vmbus::guid::{Guid, interface};
 use vmbus::handover::{FromVmm, MemoryRegion};
 use vmbus::pages::Pages;
@@ -13,10 +13,11 @@ use vmbus::protocol::Version;
 use vmbus::root::replay::Item;
 use vmbus::root::{Action, ChannelKey, DeviceId, GpadlId, OfferSpec, Root, RootConfig};
 
+use super::inbox::{INBOX, Inbox, Message};
 use super::nics::Device;
 use super::switch::Link;
 use super::wires::Wires;
-use super::{Ask, Inbox, Message, OnFault, Report};
+use super::{Ask, OnFault, Report};
 use crate::control::{Nic, NicKind};
 use crate::memory::Memory;
 use crate::services::pump::Pump;
@@ -30,6 +31,9 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_micros(200), Duration::
 
 /// A switch that has not let go of the guest's memory after this time is cut off.
 const LET_GO: Duration = Duration::from_secs(5);
+
+/// Least time between looks at controllers that changed: each may have the switch change all channels of a processor.
+const RETARGET: Duration = Duration::from_millis(10);
 
 /// An integration service's device.
 #[derive(Debug)]
@@ -51,6 +55,9 @@ pub(super) struct Host {
     inbox: Arc<Inbox>,
     outbox: VecDeque<(u32, Vec<u8>)>,
     wait: Duration,
+    /// Processors whose controllers changed, and when they may be looked at.
+    changed: BTreeSet<u32>,
+    retarget: Instant,
     /// The guest unloads or was reset: until when the switch has time to let go.
     pub(super) draining: Option<Instant>,
     detached: Vec<Sender<()>>,
@@ -76,6 +83,8 @@ impl Host {
             inbox,
             outbox: VecDeque::new(),
             wait: LOOK_AGAIN.0,
+            changed: BTreeSet::new(),
+            retarget: Instant::now(),
             draining: None,
             detached: Vec::new(),
             on_fault,
@@ -110,22 +119,27 @@ impl Host {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let drained = self.draining.map(|until| until.saturating_duration_since(Instant::now()));
+        let left = |until: Instant| until.saturating_duration_since(Instant::now());
+        let drained = self.draining.map(left);
         let posted = (!self.outbox.is_empty()).then_some(self.wait);
-        drained.into_iter().chain(posted).min()
+        let changed = (!self.changed.is_empty()).then(|| left(self.retarget));
+        let more = (self.listens() && !self.inbox.is_empty()).then_some(Duration::ZERO);
+        [drained, posted, changed, more].into_iter().flatten().min()
+    }
+
+    /// Messages of the guest are taken in.
+    fn listens(&self) -> bool {
+        self.outbox.len() < OUTBOX && self.draining.is_none()
     }
 
     fn take(&mut self, ask: Ask) {
         match ask {
-            Ask::Messages | Ask::End => {}
-            Ask::SynicChanged(vp) => {
-                for key in self.wires.of(vp) {
-                    self.retarget(key, vp);
-                }
-            }
+            Ask::Guest => self.inbox.heed(),
+            Ask::End => {}
             Ask::Attach(machine) => self.wires.attach(machine),
             Ask::Detach(done) => {
                 self.inbox.clear();
+                self.changed.clear();
                 self.root.reset();
                 self.detached.push(done);
             }
@@ -139,17 +153,21 @@ impl Host {
                 let _ = to.send(self.report());
             }
             Ask::SwitchCame(link) => self.greet(link),
-            Ask::SwitchSaid(number, said) => self.hear(number, said),
+            Ask::SwitchSaid(number, said, unheard) => {
+                self.hear(number, said);
+                drop(unheard);
+            }
             Ask::SwitchLeft(number) => self.switch_left(number),
         }
     }
 
-    /// Does all there is to do.
+    /// Does what there is to do. A guest that posts without end does not keep the thread from what others ask.
     fn work(&mut self) {
-        loop {
+        self.follow_controllers();
+        for turn in 0..=INBOX {
             self.act();
             self.deliver();
-            if self.outbox.len() >= OUTBOX || self.draining.is_some() {
+            if !self.listens() || turn == INBOX {
                 break;
             }
             let Some(Message { connection, payload }) = self.inbox.pop() else { break };
@@ -171,6 +189,21 @@ impl Host {
             self.outbox.clear();
             for done in self.detached.drain(..) {
                 let _ = done.send(());
+            }
+        }
+    }
+
+    /// Has interrupts go where processors have their event flags now.
+    fn follow_controllers(&mut self) {
+        self.changed.append(&mut self.inbox.changed());
+        let now = Instant::now();
+        if self.changed.is_empty() || now < self.retarget {
+            return;
+        }
+        self.retarget = now + RETARGET;
+        for vp in std::mem::take(&mut self.changed) {
+            for key in self.wires.of(vp) {
+                self.retarget(key, vp);
             }
         }
     }
@@ -238,8 +271,13 @@ impl Host {
             }
             Action::Reset => self.drain(),
             Action::Gone { device } => {
-                self.nics.remove(&device);
+                let gone = self.nics.remove(&device);
                 self.tell(&FromVmm::Gone { device: device.0 });
+                if let Some(Device { again: true, leaving: false, nic, .. }) = gone
+                    && let Err(error) = self.add_nic(nic)
+                {
+                    tracing::error!(error, "adapter cannot be plugged in anew");
+                }
             }
         }
     }
@@ -269,7 +307,8 @@ impl Host {
     fn open_service(&mut self, key: ChannelKey, gpadl: GpadlId, downstream_page: u32) -> Option<()> {
         let (target, wire) = (self.wires.target(key)?, self.wires.get(key)?);
         let service = self.services.get_mut(&key.device)?;
-        let interrupt = Interrupt::new(self.memory.guest(), target).ok()?;
+        let interrupt = Interrupt::disabled(self.memory.guest());
+        interrupt.aim(target.flags_gpa, target.flag, target.eventfd.into()).ok()?;
         let (pages, doorbell) = (service.gpadls.get(&gpadl)?, Arc::clone(&wire.doorbell));
         let channel = OpenChannel::new(pages, downstream_page, doorbell, interrupt.clone(), true).ok()?;
         service.interrupt = Some(interrupt);
@@ -282,7 +321,9 @@ impl Host {
         }
         let Some(target) = self.wires.target(key) else { return };
         if let Some(service) = self.services.get(&key.device) {
-            if let Some(Err(error)) = service.interrupt.as_ref().map(|interrupt| interrupt.retarget(target)) {
+            let InterruptTarget { flags_gpa, flag, eventfd } = target;
+            let aim = |interrupt: &Interrupt| interrupt.aim(flags_gpa, flag, eventfd.into());
+            if let Some(Err(error)) = service.interrupt.as_ref().map(aim) {
                 tracing::warn!(%error, %key, "interrupts stay where they were");
             }
         } else {
@@ -331,12 +372,13 @@ impl Host {
         Ok(())
     }
 
-    fn remove_nic(&mut self, name: &str) -> Result<(), String> {
+    fn remove_nic(&mut self, name: &str) -> Result<Receiver<()>, String> {
         let found = self.nics.iter_mut().find(|(_, device)| !device.leaving && device.nic.name == name);
         let Some((&id, device)) = found else { return Err(format!("there is no adapter {name}")) };
-        device.leaving = true;
+        let (gone, told) = channel();
+        (device.leaving, device.gone) = (true, Some(gone));
         self.root.withdraw(id);
-        Ok(())
+        Ok(told)
     }
 
     fn report(&self) -> Report {

@@ -2,25 +2,27 @@
 //! signalling: messages through the synthetic interrupt controller, events through eventfds.
 //!
 //! One thread owns it all. Processors leave messages of the guest in a bounded queue and are told to try again while it is
-//! full, so a guest that posts without end keeps nobody busy but itself. While a message waits for the guest to take the
+//! full or they come too fast, so a guest that posts without end keeps nobody busy but itself. While a message waits for the guest to take the
 //! last one, the thread looks again after 0.2 ms, later after up to 20 ms.
 
 #![forbid(unsafe_code)]
 
 mod answers;
 mod host;
+mod inbox;
 mod nics;
 mod switch;
 mod wires;
 
 #[cfg(test)]
+mod chaos;
+#[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use vmbus::handover::FromSwitch;
@@ -28,18 +30,15 @@ use vmbus::root::Description;
 use vmq::doorbell::Doorbell;
 
 use crate::control::{Nic, NicStatus};
-use crate::hypercall::Status;
 use crate::kvm::{EventId, KvmError, Vm};
 use crate::memory::Memory;
 use crate::services::pump::Pump;
 use crate::synic::Synic;
-use crate::vcpu::MessagePort;
 
 use host::Host;
-use switch::Link;
-
-/// Messages of the guest that wait to be looked at.
-const INBOX: usize = 64;
+use inbox::Inbox;
+pub use inbox::Port;
+use switch::{Link, Unheard};
 
 /// Ties a guest's signal-event hypercalls to eventfds.
 pub trait Events: Send + Sync + fmt::Debug {
@@ -73,27 +72,19 @@ pub struct Machine {
     pub synic: Arc<Synic>,
 }
 
-/// A message of the guest.
-#[derive(Debug)]
-struct Message {
-    connection: u32,
-    payload: Vec<u8>,
-}
-
 /// What the thread is told.
 #[derive(Debug)]
 enum Ask {
-    /// There are messages in the inbox.
-    Messages,
-    SynicChanged(u32),
+    /// There is something new in the inbox.
+    Guest,
     Attach(Machine),
     /// Let go of the guest; who asked waits.
     Detach(Sender<()>),
     AddNic(Nic, Sender<Result<(), String>>),
-    RemoveNic(String, Sender<Result<(), String>>),
+    RemoveNic(String, Sender<Result<Receiver<()>, String>>),
     Report(Sender<Report>),
     SwitchCame(Link),
-    SwitchSaid(u64, FromSwitch),
+    SwitchSaid(u64, FromSwitch, Unheard),
     SwitchLeft(u64),
     End,
 }
@@ -111,52 +102,6 @@ pub struct Report {
 
 /// Called with a device's name and the reason when it is stopped.
 pub type OnFault = Box<dyn Fn(&str, &str) + Send>;
-
-/// The guest's messages on their way to the thread.
-#[derive(Debug, Default)]
-struct Inbox(Mutex<VecDeque<Message>>);
-
-impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Message>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn pop(&self) -> Option<Message> {
-        self.lock().pop_front()
-    }
-
-    fn clear(&self) {
-        self.lock().clear();
-    }
-}
-
-/// The processors' end.
-#[derive(Debug)]
-pub struct Port {
-    inbox: Arc<Inbox>,
-    asks: Sender<Ask>,
-}
-
-impl MessagePort for Port {
-    fn post(&self, connection: u32, payload: &[u8]) -> Status {
-        use vmbus::protocol::{CONTACT_CONNECTION, MESSAGE_CONNECTION};
-        if connection != MESSAGE_CONNECTION && connection != CONTACT_CONNECTION {
-            return Status::InvalidConnectionId;
-        }
-        let mut inbox = self.inbox.lock();
-        if inbox.len() >= INBOX {
-            return Status::InsufficientBuffers;
-        }
-        inbox.push_back(Message { connection, payload: payload.to_vec() });
-        drop(inbox);
-        let _ = self.asks.send(Ask::Messages);
-        Status::Success
-    }
-
-    fn synic_changed(&self, vp: u32) {
-        let _ = self.asks.send(Ask::SynicChanged(vp));
-    }
-}
 
 /// VMBus before it has its guest's memory: processors need its port to be made.
 #[derive(Debug)]
@@ -179,7 +124,7 @@ impl Setup {
         Arc::new(Port { inbox: Arc::clone(&self.inbox), asks: self.sender.clone() })
     }
 
-    /// Starts the thread. `services` are offered at once; a switch may connect at `listener` whenever it likes.
+    /// Starts the threads, which call `confine` first. `services` are offered at once; a switch may connect at `listener` whenever it likes.
     ///
     /// # Errors
     /// Out of threads.
@@ -190,13 +135,13 @@ impl Setup {
         services: Arc<Pump>,
         listener: Option<OwnedFd>,
         on_fault: OnFault,
+        confine: fn() -> std::io::Result<()>,
     ) -> std::io::Result<Vmbus> {
         let Self { inbox, sender, asks } = self;
         let host = Host::new(memory, vcpus, services, inbox, on_fault);
-        let builder = std::thread::Builder::new().name("vmbus".into());
-        let thread = builder.spawn(move || host.run(&asks))?;
+        let thread = crate::confine::spawn("vmbus", confine, move || host.run(&asks))?;
         if let Some(listener) = listener {
-            switch::listen(listener, sender.clone())?;
+            switch::listen(listener, sender.clone(), confine)?;
         }
         Ok(Vmbus { asks: sender, thread: Some(thread) })
     }
@@ -229,11 +174,11 @@ impl Vmbus {
         self.wait(|done| Ask::AddNic(nic, done)).unwrap_or_else(|| Err(GONE.into()))
     }
 
-    /// Unplugs a NIC.
+    /// Unplugs a NIC. What is returned is hung up once the guest has released it.
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn remove_nic(&self, name: &str) -> Result<(), String> {
+    pub fn remove_nic(&self, name: &str) -> Result<Receiver<()>, String> {
         self.wait(|done| Ask::RemoveNic(name.into(), done)).unwrap_or_else(|| Err(GONE.into()))
     }
 

@@ -1,8 +1,9 @@
 //! NICs: devices that the switch serves. Here is what must be known of each to tell a switch that comes back, and what a switch
 //! has yet to answer before the guest's memory may be taken away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::Sender;
 
 use rustix::fs::SealFlags;
 use vmbus::guid::{Guid, interface};
@@ -23,9 +24,15 @@ pub(super) struct Device {
     served: bool,
     /// Taken out; waits for the guest to release it.
     pub leaving: bool,
+    /// Dropped with it: whoever took it out may wait for that.
+    pub gone: Option<Sender<()>>,
     pub fault: Option<String>,
     /// Channels the switch has, by index; true once it was asked to close one.
     pub channels: BTreeMap<u16, bool>,
+    /// Of the channels, those that a switch is to take over and has not said that it did.
+    pub resuming: BTreeSet<u16>,
+    /// A channel could not be taken over: it is offered anew once the guest has released it.
+    pub again: bool,
     /// GPADLs the switch has; true once it was asked to release one.
     pub gpadls: BTreeMap<u32, bool>,
 }
@@ -41,8 +48,11 @@ impl Device {
             state,
             served: false,
             leaving: false,
+            gone: None,
             fault: None,
             channels: BTreeMap::new(),
+            resuming: BTreeSet::new(),
+            again: false,
             gpadls: BTreeMap::new(),
         })
     }
@@ -64,6 +74,7 @@ impl Device {
     /// The switch is gone, and with it all it had.
     pub fn lost(&mut self) {
         self.channels.clear();
+        self.resuming.clear();
         self.gpadls.clear();
     }
 

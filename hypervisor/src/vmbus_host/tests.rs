@@ -1,20 +1,24 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vmbus::handover::{FromVmm, Listener, SwitchConnection};
 use vmbus::protocol::event_connection;
 
+use super::inbox::INBOX;
 use super::*;
 use crate::control::{NicKind, Services as Offered};
+use crate::hypercall::Status;
 use crate::services::{Services, Settings};
 use crate::synic::Registers;
+use crate::vcpu::MessagePort;
 
-const INSTANCE: &str = "11111111-2222-3333-4444-555555555555";
+pub(super) const INSTANCE: &str = "11111111-2222-3333-4444-555555555555";
 
 #[derive(Debug, Default)]
-struct Ties(Mutex<BTreeSet<EventId>>);
+pub(super) struct Ties(pub Mutex<BTreeSet<EventId>>);
 
 impl Events for Ties {
     fn tie(&self, id: EventId, _: &Doorbell) -> Result<(), KvmError> {
@@ -27,17 +31,17 @@ impl Events for Ties {
 }
 
 /// A guest's kernel in as many lines as it takes, and the worker's side of VMBus.
-struct Bench {
-    memory: Arc<Memory>,
-    synic: Arc<Synic>,
-    ties: Arc<Ties>,
-    port: Arc<Port>,
-    vmbus: Vmbus,
+pub(super) struct Bench {
+    pub memory: Arc<Memory>,
+    pub synic: Arc<Synic>,
+    pub ties: Arc<Ties>,
+    pub port: Arc<Port>,
+    pub vmbus: Vmbus,
     dir: tempfile::TempDir,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let size = 4 << 20;
         let sizes = crate::control::Memory { minimum: size, startup: size, maximum: size, huge: false };
         let memory = Arc::new(Memory::new("guest", sizes).unwrap());
@@ -50,12 +54,14 @@ impl Bench {
             dynamic_memory: false,
         };
         let services = Services::new(Settings { offered: none, reference: Box::new(|| 0), memory: None });
-        let pump = Arc::new(Pump::start(services, Box::new(|_, _| {})).unwrap());
+        let pump = Arc::new(Pump::start(services, Box::new(|_, _| {}), || Ok(())).unwrap());
         let dir = tempfile::tempdir().unwrap();
         let listener: OwnedFd = Listener::bind(&dir.path().join("switch")).unwrap().into();
         let setup = Setup::default();
         let port = setup.port();
-        let vmbus = setup.start(Arc::clone(&memory), 2, pump, Some(listener), Box::new(|_, _| {})).unwrap();
+        let vmbus = setup
+            .start(Arc::clone(&memory), 2, pump, Some(listener), Box::new(|_, _| {}), || Ok(()))
+            .unwrap();
         let synic = Arc::new(Synic::new(Arc::clone(memory.guest()), 2).unwrap());
         let ties = Arc::new(Ties::default());
         let bench = Self { memory, synic, ties, port, vmbus, dir };
@@ -63,7 +69,7 @@ impl Bench {
         bench
     }
 
-    fn attach(&self) {
+    pub fn attach(&self) {
         for vp in 0..2u64 {
             let page = 0x2000 + vp * 0x2000;
             let registers = Registers { control: 1, flags_page: page | 1, message_page: (page + 0x1000) | 1 };
@@ -72,7 +78,7 @@ impl Bench {
         self.vmbus.attach(Machine { events: self.ties.clone(), synic: self.synic.clone() });
     }
 
-    fn nic(&self, name: &str, instance: &str) -> Nic {
+    pub fn nic(&self, name: &str, instance: &str) -> Nic {
         Nic {
             name: name.into(),
             kind: NicKind::Synthetic,
@@ -82,11 +88,11 @@ impl Bench {
         }
     }
 
-    fn connect(&self) -> SwitchConnection {
+    pub fn connect(&self) -> SwitchConnection {
         SwitchConnection::connect(&self.dir.path().join("switch")).unwrap()
     }
 
-    fn post(&self, words: &[u32]) {
+    pub fn post(&self, words: &[u32]) {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         assert_eq!(self.port.post(4, &bytes), Status::Success);
     }
@@ -324,4 +330,134 @@ fn interrupt_eventfd_is_the_processors() {
     bench.synic.interrupt(0).unwrap().clear();
     Doorbell::from(target.eventfd.as_fd().try_clone_to_owned().unwrap()).ring();
     assert!(bench.synic.interrupt(0).unwrap().clear());
+}
+
+/// A guest whose messages never end, all of them wrong, is no reason for the operator to wait.
+#[test]
+fn flood_of_malformed_messages_and_changed_controllers_leaves_the_thread_to_others() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                bench.port.post(4, &[0xff; 240]);
+                bench.port.synic_changed(1);
+            }
+        });
+        for _ in 0..50 {
+            bench.vmbus.report().unwrap();
+        }
+        bench.vmbus.remove_nic("eth0").unwrap();
+        over.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn event_flags_moved_without_end_are_followed_no_faster_than_every_ten_milliseconds() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    let _wires = opened(&bench, &switch, device);
+    let start = std::time::Instant::now();
+    let mut page = 0;
+    while start.elapsed() < Duration::from_millis(100) {
+        page = 0x10_0000 + (page + 0x1000) % 0x10_0000;
+        bench.synic.update(0, Registers { control: 1, flags_page: page | 1, message_page: 0x3001 });
+        bench.port.synic_changed(0);
+    }
+    // The last place is followed, too.
+    let mut places = Vec::new();
+    while places.last() != Some(&(page + 0x200)) {
+        let FromVmm::Retarget { vp: 0, target, .. } = next(&switch) else { panic!() };
+        places.push(target.flags_gpa);
+    }
+    let most = start.elapsed().as_millis() / 10 + 2;
+    assert!(places.len() as u128 <= most, "{} in {most} times ten milliseconds", places.len());
+}
+
+/// Answers to what nobody asked, about what is not there: from a switch that went wrong.
+#[test]
+fn switch_that_answers_nonsense_changes_nothing() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    for device in [device, 0, u32::MAX] {
+        for index in [0, 1, u16::MAX] {
+            for ok in [true, false] {
+                switch.send(&FromSwitch::Opened { device, index, ok }).unwrap();
+                switch.send(&FromSwitch::GpadlAccepted { device, gpadl: 7, ok }).unwrap();
+            }
+            switch.send(&FromSwitch::Closed { device, index }).unwrap();
+            switch.send(&FromSwitch::GpadlReleased { device, gpadl: 7 }).unwrap();
+        }
+        switch.send(&FromSwitch::OfferSubchannels { device, count: u16::MAX }).unwrap();
+    }
+    switch.send(&FromSwitch::Fault { device: u32::MAX, reason: "x".repeat(1024) }).unwrap();
+    let (relid, _doorbell) = opened(&bench, &switch, device);
+    // More subchannels than the adapter has queues are not offered.
+    switch.send(&FromSwitch::OfferSubchannels { device, count: u16::MAX }).unwrap();
+    for _ in 0..3 {
+        assert_eq!(bench.message().0, 1);
+    }
+    assert_eq!(bench.vmbus.report().unwrap().root.relids, 4);
+    assert!(bench.vmbus.report().unwrap().faults.is_empty());
+    bench.post(&[7, 0, relid]);
+    while !matches!(next(&switch), FromVmm::Close { index: 0, .. }) {}
+}
+
+/// A switch that talks faster than it is listened to waits: what it said does not pile up.
+#[test]
+fn switch_that_talks_without_end_is_held_back() {
+    let (vmm, talker) = vmbus::handover::pair().unwrap();
+    let timeout = rustix::net::sockopt::Timeout::Send;
+    rustix::net::sockopt::set_socket_timeout(&talker, timeout, Some(Duration::from_millis(300))).unwrap();
+    let link = Link::new(1, vmm);
+    let (asks, heard) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| link.read(&asks));
+        let said = FromSwitch::OfferSubchannels { device: 1, count: 1 };
+        let sent = (0..1_000_000).take_while(|_| talker.send(&said).is_ok()).count();
+        assert!(sent < 100_000, "nobody listens, and yet all of it was taken");
+        drop(talker);
+        let waiting: Vec<Ask> = heard.try_iter().collect();
+        assert!((1..=1024).contains(&waiting.len()), "{}", waiting.len());
+        drop(waiting);
+        // What was sent before the end is still told, then the end.
+        let rest = heard.iter().take_while(|ask| !matches!(ask, Ask::SwitchLeft(1))).count();
+        assert!(rest < sent);
+    });
+}
+
+/// The guest cannot be told that an open channel is closed, but its adapter can be taken and given anew.
+#[test]
+fn adapter_whose_channel_the_next_switch_refuses_is_plugged_in_anew() {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let first = bench.connect();
+    let (device, _) = greeting(&first);
+    next(&first);
+    let (relid, _doorbell) = opened(&bench, &first, device);
+    drop(first);
+    let second = bench.connect();
+    greeting(&second);
+    assert!(matches!(next(&second), FromVmm::Gpadl { gpadl: 7, .. }));
+    assert!(matches!(next(&second), FromVmm::Open { resumed: true, .. }));
+    assert!(matches!(next(&second), FromVmm::Ready));
+    second.send(&FromSwitch::Opened { device, index: 0, ok: false }).unwrap();
+    assert_eq!(bench.message(), (2, vec![relid]));
+    assert!(bench.vmbus.report().unwrap().faults[0].1.contains("could not take its channels over"));
+    assert!(bench.ties.0.lock().unwrap().is_empty());
+    bench.post(&[13, 0, relid]);
+    assert!(matches!(next(&second), FromVmm::GpadlTeardown { gpadl: 7, .. }));
+    second.send(&FromSwitch::GpadlReleased { device, gpadl: 7 }).unwrap();
+    assert!(matches!(next(&second), FromVmm::Gone { .. }));
+    let FromVmm::Device { device: anew, resumed: false, .. } = next(&second) else { panic!() };
+    assert_ne!(anew, device);
+    assert_eq!(bench.message().0, 1);
+    assert!(bench.vmbus.report().unwrap().faults.is_empty());
 }

@@ -1,5 +1,6 @@
 //! QUERY: the OIDs a guest reads (fact sheet §6).
 
+use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
@@ -21,7 +22,7 @@ const VENDOR_DESCRIPTION: &[u8] = b"Switchyard synthetic NIC\0";
 const DRIVER_VERSION: u16 = 0x061e;
 
 /// What a NIC has moved, as the guest sees it: "in" is to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Statistics {
     /// Frames to the guest: unicast, multicast, broadcast.
     pub in_frames: [u64; 3],

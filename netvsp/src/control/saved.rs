@@ -8,7 +8,7 @@ use thiserror::Error;
 use vmq::Mac;
 
 use super::state::{Area, Session, State};
-use super::{MAX_BUFFER_BYTES, MIN_MTU, Nvsp, rss};
+use super::{MAX_BUFFER_BYTES, MIN_MTU, Nvsp, Statistics, rss};
 
 /// Version of the saved form.
 const FORMAT: u32 = 1;
@@ -21,6 +21,9 @@ struct Saved {
     mac: [u8; 6],
     link_up: bool,
     state: State,
+    /// As they were when the guest last asked for something.
+    #[serde(default)]
+    statistics: Statistics,
 }
 
 /// Why saved state was refused.
@@ -40,8 +43,13 @@ pub enum RestoreError {
 impl Nvsp {
     /// All that [`Nvsp::restore`] needs, in a few KiB.
     pub fn save(&self) -> Vec<u8> {
-        let saved =
-            Saved { format: FORMAT, mac: self.mac.0, link_up: self.link.is_up(), state: self.state.clone() };
+        let saved = Saved {
+            format: FORMAT,
+            mac: self.mac.0,
+            link_up: self.link.is_up(),
+            state: self.state.clone(),
+            statistics: self.statistics,
+        };
         // Cannot fail: no map, no foreign type. An empty answer would be refused by `restore`.
         serde_json::to_vec(&saved).unwrap_or_default()
     }
@@ -66,6 +74,7 @@ impl Nvsp {
         }
         self.mac = mac;
         self.link.set(saved.link_up);
+        self.statistics = saved.statistics;
         self.state = state;
         Ok(())
     }

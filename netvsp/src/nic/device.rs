@@ -12,13 +12,13 @@ use vmbus::ring::Incoming;
 use vmq::doorbell::Doorbell;
 use vmq::frame::Accepts;
 use vmq::rss::{IndirectionTable, Rss, ToeplitzKey};
-use vmq::worker::Clock;
+use vmq::worker::{Clock, Nanos};
 use vswitch::backend::{BackendFault, BackendPort, GuestRss};
 use vswitch::report::PortState;
 
 use super::NicError;
 use super::state::State;
-use crate::control::{Buffer, DataPath, Effect, Effects, NicConfig, Nvsp};
+use crate::control::{Buffer, DataPath, Effect, Effects, NicConfig, Nvsp, Statistics};
 use crate::queue::{Channel, Message, Path, QueueFault, ReceivePath, Request, SendPath, Sink, Source};
 use crate::receive::Form;
 use crate::sections::{MAX_SECTIONS, Sections};
@@ -26,6 +26,11 @@ use crate::sections::{MAX_SECTIONS, Sections};
 /// How long memory that a burst is still using is waited for, in steps of [`STEP`]: a burst takes microseconds.
 const STEPS: u32 = 10_000;
 const STEP: Duration = Duration::from_micros(100);
+
+/// Machines that begin anew on a faulted port in a row, and how soon each of them is forgotten: a guest that does nothing
+/// but fault and boot is not to fill anybody's log.
+const PARDONS: u64 = 8;
+const PARDON_AGES: Nanos = 10_000_000_000;
 
 /// The adapter, shared by its queues.
 pub(crate) struct Device {
@@ -35,6 +40,7 @@ pub(crate) struct Device {
     control: Mutex<Control>,
     /// What a successor must know has changed.
     dirty: AtomicBool,
+    /// This machine's guest has faulted the port; until it gave everything back, or the operator restarts the port.
     faulted: AtomicBool,
     clock: Clock,
 }
@@ -55,8 +61,12 @@ struct Control {
     sections: Option<(u32, Arc<Sections>)>,
     channels: BTreeMap<u16, Opened>,
     path: Arc<Path>,
+    /// What channels that are closed have moved, and a predecessor's.
+    past: Statistics,
     /// A predecessor's channels are still being told.
     resuming: bool,
+    /// When the last pardon is forgotten, [`PARDON_AGES`] after the one before it.
+    pardons: Nanos,
 }
 
 /// An open channel, and what it takes to connect it to the switch again.
@@ -83,6 +93,9 @@ impl Device {
         let mut nvsp = Nvsp::new(config);
         let blob = if resumed { state.read() } else { None };
         let restored = blob.map(|blob| nvsp.restore(&blob));
+        let past = *nvsp.statistics();
+        // Another link is not another machine.
+        let faulted = resumed && port.is_faulted();
         let device = Self {
             number,
             port,
@@ -94,10 +107,12 @@ impl Device {
                 sections: None,
                 channels: BTreeMap::new(),
                 path: Arc::default(),
+                past,
                 resuming: resumed,
+                pardons: 0,
             }),
             dirty: AtomicBool::new(false),
-            faulted: AtomicBool::new(false),
+            faulted: AtomicBool::new(faulted),
             clock: Clock::default(),
         };
         if let Some(Err(error)) = restored {
@@ -133,6 +148,7 @@ impl Device {
         control.gpadls.remove(&gpadl);
         let old = Arc::clone(&control.path);
         self.rebuild(&mut control);
+        self.forgive(&control);
         drop(control);
         // Sinks have let go of it. A source may be in the middle of a burst.
         for _ in 0..STEPS {
@@ -154,13 +170,18 @@ impl Device {
             if control.channels.contains_key(&index) {
                 return Err(NicError::OpenTwice(index));
             }
+            if !resumed && self.port.is_faulted() {
+                if index != 0 || self.faulted.load(Ordering::SeqCst) || !control.pardon(self.clock.now()) {
+                    // Nobody would answer: a guest that is refused says so, and does not wait for ever.
+                    return Err(NicError::Faulted);
+                }
+                // Another machine, or one that was reset, does not answer for what was before.
+                self.port.recover();
+            }
             opened.channel.set_path(&control.path);
             control.channels.insert(index, opened);
             if resumed && control.resuming {
                 return Ok(());
-            }
-            if index == 0 {
-                self.faulted.store(false, Ordering::SeqCst);
             }
             let effects = control.nvsp.channel_opened(index);
             self.carry_out(&mut control, effects, None);
@@ -218,7 +239,10 @@ impl Device {
         let again: Result<Vec<(u16, Opened)>, NicError> =
             control.channels.iter().map(|(&index, old)| Ok((index, old.again(index)?))).collect();
         match again {
-            Ok(again) => control.channels.extend(again),
+            Ok(again) => {
+                control.past = control.statistics();
+                control.channels.extend(again);
+            }
             Err(error) => return self.fault(&error),
         }
         self.resume(&mut control);
@@ -234,6 +258,7 @@ impl Device {
         let Some(opened) = opened else { return };
         opened.channel.close();
         let mut control = self.control();
+        control.past.add(&opened.channel);
         let effects = control.nvsp.channel_closed(index);
         self.carry_out(&mut control, effects, None);
         if index == 0 {
@@ -242,6 +267,14 @@ impl Device {
             control.resuming = false;
         } else {
             control.save();
+        }
+        self.forgive(&control);
+    }
+
+    /// A guest that has nothing of ours and gave us nothing, as after a reset, is another one.
+    fn forgive(&self, control: &Control) {
+        if control.channels.is_empty() && control.gpadls.is_empty() {
+            self.faulted.store(false, Ordering::SeqCst);
         }
     }
 
@@ -295,7 +328,11 @@ impl Device {
             Request::Nvsp(message, transaction, wanted) => {
                 (control.nvsp.request(&message, wanted)?, Some((&**channel, transaction)))
             }
-            Request::Rndis(message) => (control.nvsp.rndis(&message)?, None),
+            Request::Rndis(message) => {
+                let statistics = control.statistics();
+                control.nvsp.set_statistics(statistics);
+                (control.nvsp.rndis(&message)?, None)
+            }
         };
         self.carry_out(&mut control, effects, reply);
         self.dirty.store(true, Ordering::Release);
@@ -314,6 +351,10 @@ impl Device {
         let mut left: VecDeque<Effect> = effects.into_iter().collect();
         while let Some(effect) = left.pop_front() {
             let primary = control.channels.get(&0).map(|opened| Arc::clone(&opened.channel));
+            let to = match (&effect, reply) {
+                (Effect::Complete(_), Some((channel, _))) => channel.index,
+                _ => 0,
+            };
             let sent = match (effect, primary) {
                 (Effect::Complete(payload), _) => reply
                     .map(|(channel, transaction)| channel.send(Message::Completion(transaction, payload))),
@@ -343,9 +384,12 @@ impl Device {
                 }
                 _ => None,
             };
-            if let Some(Err(fault)) = sent {
+            match sent {
+                None | Some(Ok(true)) => {}
+                // Its source sends it later, and may be asleep.
+                Some(Ok(false)) => self.port.nudge(to),
                 // The ring is of no use; whoever polls it finds out as well.
-                self.fault(&fault);
+                Some(Err(fault)) => self.fault(&fault),
             }
         }
     }
@@ -393,7 +437,26 @@ impl Device {
 }
 
 impl Control {
+    /// Whether a machine may begin anew on a faulted port.
+    fn pardon(&mut self, now: Nanos) -> bool {
+        let next = self.pardons.max(now) + PARDON_AGES;
+        let few = next <= now + PARDONS * PARDON_AGES;
+        if few {
+            self.pardons = next;
+        }
+        few
+    }
+
+    /// What the adapter has moved.
+    fn statistics(&self) -> Statistics {
+        let mut sum = self.past;
+        self.channels.values().for_each(|opened| sum.add(&opened.channel));
+        sum
+    }
+
     fn save(&mut self) {
+        let statistics = self.statistics();
+        self.nvsp.set_statistics(statistics);
         let blob = self.nvsp.save();
         if !self.state.write(&blob) {
             tracing::warn!(bytes = blob.len(), "adapter state does not fit its file");
@@ -421,6 +484,20 @@ impl Control {
             rss,
         };
         Some(ReceivePath { pages, id: wanted.id, sections, form })
+    }
+}
+
+impl Statistics {
+    /// Adds what `channel` has moved.
+    fn add(&mut self, channel: &Channel) {
+        let (to_guest, from_guest) = (channel.received.read(), channel.sent.read());
+        let add = |sum: &mut u64, more: u64| *sum = sum.wrapping_add(more);
+        self.in_frames.iter_mut().zip(to_guest.frames).for_each(|(sum, more)| add(sum, more));
+        self.out_frames.iter_mut().zip(from_guest.frames).for_each(|(sum, more)| add(sum, more));
+        add(&mut self.in_bytes, to_guest.bytes);
+        add(&mut self.in_dropped, to_guest.dropped);
+        add(&mut self.out_bytes, from_guest.bytes);
+        add(&mut self.out_dropped, from_guest.dropped);
     }
 }
 

@@ -45,6 +45,9 @@ pub enum NicError {
     /// It is open.
     #[error("channel {0} is open already")]
     OpenTwice(u16),
+    /// The port is stopped by a fault, until the operator restarts it or the guest begins anew.
+    #[error("port is stopped by a fault")]
+    Faulted,
     /// The rings are in memory that the guest did not grant.
     #[error("channel {index} in gpadl {gpadl:#x}, which there is not")]
     NoSuchGpadl {
@@ -152,12 +155,11 @@ impl Nic {
     }
 
     /// A channel's interrupts go elsewhere from now on.
-    pub fn retarget(&self, index: u16, target: InterruptTarget) {
-        if let Some(interrupt) = self.device.interrupt(index)
-            && let Err(error) = interrupt.retarget(target)
-        {
-            tracing::warn!(index, %error, "interrupt not moved");
-        }
+    ///
+    /// # Errors
+    /// The guest's event flags are not in its memory: they go where they went.
+    pub fn retarget(&self, index: u16, target: InterruptTarget) -> Result<(), InterruptError> {
+        self.device.interrupt(index).map_or(Ok(()), |interrupt| interrupt.retarget(target))
     }
 
     /// All that a predecessor served has been told: go on.

@@ -14,9 +14,10 @@
 
 mod sink;
 mod source;
+mod traffic;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmbus::channel::Interrupt;
@@ -32,6 +33,7 @@ use crate::transmit::TransmitFault;
 
 pub(crate) use sink::Sink;
 pub(crate) use source::{Request, Source};
+pub(crate) use traffic::{Moved, Traffic};
 
 /// Why a queue stopped: its guest broke the protocol.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +147,17 @@ pub(crate) enum Message {
 /// Messages that wait for the guest at most. More are made only by one that reads none.
 const MAX_PENDING: usize = 256;
 
+/// What became of messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// They are in the ring, all of them, or of no use to anybody.
+    Whole,
+    /// The ring is full.
+    NoRoom,
+    /// The guest has all sections.
+    NoSection,
+}
+
 /// The way to the guest.
 #[derive(Debug)]
 pub(crate) struct Half {
@@ -198,18 +211,19 @@ impl Half {
         self.flush().map(|_| ())
     }
 
-    /// Writes what waits, as far as there is room. True if nothing is left.
-    fn flush(&mut self) -> Result<bool, QueueFault> {
+    /// Writes what waits, as far as it goes.
+    fn flush(&mut self) -> Result<Written, QueueFault> {
         while let Some(message) = self.pending.pop_front() {
-            if !self.write(&message)? {
+            let written = self.write(&message)?;
+            if written != Written::Whole {
                 self.pending.push_front(message);
-                return Ok(false);
+                return Ok(written);
             }
         }
-        Ok(true)
+        Ok(Written::Whole)
     }
 
-    fn write(&mut self, message: &Message) -> Result<bool, QueueFault> {
+    fn write(&mut self, message: &Message) -> Result<Written, QueueFault> {
         let written = match message {
             Message::Completion(transaction, payload) => {
                 self.outgoing.write(&PacketHeader::completion(*transaction), &[payload])
@@ -218,32 +232,32 @@ impl Half {
             Message::Control(rndis) => return self.write_control(rndis),
         };
         match written {
-            Ok(()) => Ok(true),
-            Err(WriteError::Full) => Ok(false),
+            Ok(()) => Ok(Written::Whole),
+            Err(WriteError::Full) => Ok(Written::NoRoom),
             Err(error) => Err(error.into()),
         }
     }
 
     /// Writes a control message into a section. One that has no buffer to go to is of no use to anybody.
-    fn write_control(&mut self, rndis: &[u8]) -> Result<bool, QueueFault> {
+    fn write_control(&mut self, rndis: &[u8]) -> Result<Written, QueueFault> {
         let path = Arc::clone(&self.path);
-        let Some(receive) = &path.receive else { return Ok(true) };
+        let Some(receive) = &path.receive else { return Ok(Written::Whole) };
         if !receive.sections.fill_reserved(&mut self.stock, 1) {
-            return Ok(false);
+            return Ok(Written::NoSection);
         }
-        let Some(&section) = self.stock.last() else { return Ok(false) };
+        let Some(&section) = self.stock.last() else { return Ok(Written::NoSection) };
         let size = receive.form.section_size;
         let len = u32::try_from(rndis.len()).unwrap_or(u32::MAX).min(size);
-        let Some(at) = section.checked_mul(size) else { return Ok(true) };
+        let Some(at) = section.checked_mul(size) else { return Ok(Written::Whole) };
         if len as usize != rndis.len() || !receive.pages.write(at, rndis) {
-            return Ok(true);
+            return Ok(Written::Whole);
         }
         self.stock.pop();
         self.chain.clear();
         self.ranges.clear();
         self.chain.push(section);
         self.ranges.push(TransferRange::new(len, at));
-        self.write_packet(receive, true)
+        Ok(if self.write_packet(receive, true)? { Written::Whole } else { Written::NoRoom })
     }
 
     /// Writes a packet of the sections in `chain`. False, and they are back in stock, if the ring is full.
@@ -294,7 +308,13 @@ pub(crate) struct Channel {
     pub(crate) interrupt: Interrupt,
     doorbell: Arc<Doorbell>,
     accepts: AtomicU8,
+    /// Messages wait for room or for a section.
+    pending: AtomicBool,
     half: Mutex<Half>,
+    /// What the guest sent.
+    pub(crate) sent: Traffic,
+    /// What it was given.
+    pub(crate) received: Traffic,
 }
 
 impl Channel {
@@ -318,7 +338,16 @@ impl Channel {
             chain: Vec::new(),
             unpublished: Vec::new(),
         };
-        Some(Self { index, interrupt, doorbell, accepts: AtomicU8::new(0), half: Mutex::new(half) })
+        Some(Self {
+            index,
+            interrupt,
+            doorbell,
+            accepts: AtomicU8::new(0),
+            pending: AtomicBool::new(false),
+            half: Mutex::new(half),
+            sent: Traffic::default(),
+            received: Traffic::default(),
+        })
     }
 
     fn half(&self) -> MutexGuard<'_, Half> {
@@ -331,12 +360,17 @@ impl Channel {
         self.accepts.store(path.accepts.bits(), Ordering::Relaxed);
     }
 
-    /// Sends `message` as soon as there is room.
-    pub(crate) fn send(&self, message: Message) -> Result<(), QueueFault> {
+    /// Sends `message` as soon as there is room. False if that is not now: the source must be polled.
+    pub(crate) fn send(&self, message: Message) -> Result<bool, QueueFault> {
         let mut half = self.half();
         half.send(message)?;
         self.show(&mut half);
-        Ok(())
+        self.note_pending(&half);
+        Ok(half.pending.is_empty())
+    }
+
+    fn note_pending(&self, half: &Half) {
+        self.pending.store(!half.pending.is_empty(), Ordering::Relaxed);
     }
 
     /// Publishes what was written; true if the guest was interrupted.

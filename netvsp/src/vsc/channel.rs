@@ -54,6 +54,12 @@ impl Channel {
         }
     }
 
+    /// Rings the doorbell, whether there is anything or not.
+    #[cfg(test)]
+    pub(super) fn ring(&self) {
+        self.wires.doorbell.ring();
+    }
+
     /// Takes the interrupt, as the guest's handler does.
     pub(super) fn acknowledge(&mut self) {
         self.flags.fetch_and(!self.wires.mask, Ordering::SeqCst);

@@ -255,6 +255,25 @@ impl Guest {
         self.counted.replace((0, 0)).unwrap_or_default()
     }
 
+    /// From now on packets that come are not completed; or all are, those withheld first.
+    ///
+    /// # Errors
+    /// The ring is unusable, or full.
+    pub fn withhold(&mut self, withhold: bool) -> Result<(), VscError> {
+        if withhold {
+            self.withheld.get_or_insert_default();
+            return Ok(());
+        }
+        let message = nvsp::rndis_complete(nvsp::Status::Success);
+        for (queue, transaction) in self.withheld.take().unwrap_or_default() {
+            if !self.put(queue, &PacketHeader::completion(transaction), &message)? {
+                return Err(VscError::Host("does not read completions"));
+            }
+        }
+        self.flush();
+        Ok(())
+    }
+
     /// Frames that came and were not taken.
     pub fn waiting(&self) -> usize {
         self.received.len()
@@ -272,7 +291,7 @@ impl Guest {
     }
 
     fn poll_queue(&mut self, queue: usize) -> Result<(), VscError> {
-        let Self { channels, receive, free, free_slots, answers, outstanding, counted, .. } = self;
+        let Self { channels, receive, free, free_slots, answers, outstanding, counted, withheld, .. } = self;
         let Some(channel) = channels.get_mut(queue) else { return Ok(()) };
         channel.acknowledge();
         let mut arrived: Vec<(bool, Vec<u8>)> = Vec::new();
@@ -312,7 +331,10 @@ impl Guest {
                     for range in ranges {
                         arrived.push((announced.control, read(buffer, *range)?));
                     }
-                    done.push(packet.transaction);
+                    match withheld.as_mut().filter(|_| !announced.control) {
+                        Some(withheld) => withheld.push((queue, packet.transaction)),
+                        None => done.push(packet.transaction),
+                    }
                 }
                 PacketKind::InBand => in_band += 1,
                 PacketKind::GpaDirect { .. } => return Err(VscError::Host("ranges from the host")),

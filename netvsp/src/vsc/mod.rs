@@ -41,6 +41,9 @@ const RECEIVE_ID: u16 = 0xcafe;
 /// Transactions above this are sections or direct sends; requests have it.
 const REQUEST: u64 = 1 << 40;
 
+/// Entries of the table that spreads received frames.
+pub const TABLE: usize = 128;
+
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum VscError {
@@ -103,11 +106,21 @@ pub struct Config {
     pub rsc: bool,
     /// Protocol version.
     pub version: Version,
+    /// Major and minor version of NDIS.
+    pub ndis: (u32, u32),
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { mtu: 1500, queues: 1, receive_pages: 1024, send_pages: 255, rsc: true, version: Version::V61 }
+        Self {
+            mtu: 1500,
+            queues: 1,
+            receive_pages: 1024,
+            send_pages: 255,
+            rsc: true,
+            version: Version::V61,
+            ndis: (6, 30),
+        }
     }
 }
 
@@ -140,6 +153,8 @@ pub struct Guest {
     pub indications: VecDeque<u32>,
     received: VecDeque<Received>,
     requests: u32,
+    /// Packets with frames are not completed: their channels and transactions are kept here.
+    withheld: Option<Vec<(usize, u64)>>,
     /// Ranges and bytes that came, if frames are only counted.
     counted: Option<(u64, u64)>,
     /// What the host says the address is.
@@ -170,6 +185,7 @@ impl Guest {
             indications: VecDeque::new(),
             received: VecDeque::new(),
             requests: 0,
+            withheld: None,
             counted: None,
             mac: [0; 6],
             outstanding: 0,
@@ -196,7 +212,7 @@ impl Guest {
         self.connect_vsp()?;
         self.map_buffers()?;
         self.rndis_up()?;
-        if self.config.queues > 1 {
+        if self.config.queues > 1 && self.config.version >= Version::V5 {
             self.subchannels()?;
         }
         self.set(Oid::GEN_CURRENT_PACKET_FILTER, &0x0du32.to_le_bytes())
@@ -210,6 +226,11 @@ impl Guest {
         if fields.status.get() != nvsp::Status::Success as u32 {
             return Err(VscError::Refused(format!("INIT: {fields:?}")));
         }
+        let (major, minor) = self.config.ndis;
+        let ndis = nvsp::NdisVersion { major: U32::new(major), minor: U32::new(minor) };
+        if self.config.version == Version::V1 {
+            return self.tell(&nvsp::message(Kind::SendNdisVersion, &ndis));
+        }
         let mut capabilities = Capabilities::VLAN | Capabilities::TEAMING | Capabilities::SRIOV;
         capabilities.set(Capabilities::RSC, self.config.rsc);
         let fields = nvsp::NdisConfig {
@@ -218,8 +239,7 @@ impl Guest {
             capabilities: U64::new(capabilities.bits()),
         };
         self.tell(&nvsp::message(Kind::SendNdisConfig, &fields))?;
-        let fields = nvsp::NdisVersion { major: U32::new(6), minor: U32::new(30) };
-        self.tell(&nvsp::message(Kind::SendNdisVersion, &fields))
+        self.tell(&nvsp::message(Kind::SendNdisVersion, &ndis))
     }
 
     fn map_buffers(&mut self) -> Result<(), VscError> {
@@ -263,7 +283,9 @@ impl Guest {
         self.config.mtu = self.config.mtu.min(u16::try_from(mtu).unwrap_or(u16::MAX));
         let mac = self.query(Oid::ETHERNET_PERMANENT_ADDRESS)?;
         self.mac = mac.try_into().map_err(|_| VscError::Host("address"))?;
-        let capabilities = self.query(Oid::OFFLOAD_HARDWARE_CAPABILITIES)?;
+        let mut capabilities = self.query(Oid::OFFLOAD_HARDWARE_CAPABILITIES)?;
+        // Older versions say less.
+        capabilities.resize(capabilities.len().max(size_of::<oid::Offload>()), 0);
         let (offload, _) = oid::Offload::read_from_prefix(&capabilities)
             .map_err(|_| VscError::Host("offload capabilities"))?;
         let header = oid::ObjectHeader { kind: oid::TYPE_DEFAULT, revision: 3, size: U16::new(28) };
@@ -305,12 +327,23 @@ impl Guest {
         for index in 1..=u16::try_from(granted).unwrap_or(0) {
             self.channels.push(Channel::open(&mut self.vmm, index)?);
         }
-        self.set_rss(true)?;
-        self.set_rss(false)
+        let queues = u32::try_from(self.channels.len()).unwrap_or(1);
+        let table: [u32; TABLE] = std::array::from_fn(|entry| u32::try_from(entry).unwrap_or(0) % queues);
+        self.set_rss(&table, true)?;
+        self.set_rss(&table, false)
     }
 
-    fn set_rss(&mut self, disable: bool) -> Result<(), VscError> {
+    /// Has received frames spread as `table` says, from now on (`ethtool -X`).
+    ///
+    /// # Errors
+    /// The host refuses, or is silent.
+    pub fn spread(&mut self, table: &[u32; TABLE]) -> Result<(), VscError> {
+        self.set_rss(table, false)
+    }
+
+    fn set_rss(&mut self, table: &[u32; TABLE], disable: bool) -> Result<(), VscError> {
         const ENTRIES: u16 = 128;
+        const _: () = assert!(ENTRIES as usize == TABLE);
         let header = oid::ObjectHeader { kind: oid::TYPE_RSS_PARAMETERS, revision: 2, size: U16::new(40) };
         let hash =
             oid::HASH_TOEPLITZ | oid::HASH_IPV4 | oid::HASH_TCP_IPV4 | oid::HASH_IPV6 | oid::HASH_TCP_IPV6;
@@ -325,8 +358,7 @@ impl Guest {
             ..zeroed()
         };
         let mut info = parameters.as_bytes().to_vec();
-        let queues = u32::try_from(self.channels.len()).unwrap_or(1);
-        info.extend((0..u32::from(ENTRIES)).flat_map(|entry| (entry % queues).to_le_bytes()));
+        info.extend(table.iter().flat_map(|entry| entry.to_le_bytes()));
         info.extend(vmq::rss::DEFAULT_KEY);
         self.set(Oid::GEN_RECEIVE_SCALE_PARAMETERS, &info)
     }
@@ -337,6 +369,14 @@ impl Guest {
     /// The host refuses, or is silent.
     pub fn restart(&mut self, config: Config) -> Result<(), VscError> {
         self.detach()?;
+        self.resume(config)
+    }
+
+    /// Sets the adapter up again after [`Guest::detach`], as a guest that was suspended does.
+    ///
+    /// # Errors
+    /// The host refuses, or is silent.
+    pub fn resume(&mut self, config: Config) -> Result<(), VscError> {
         self.config = config;
         self.attach()
     }
@@ -367,6 +407,7 @@ impl Guest {
             self.vmm.revoke(buffer.gpadl)?;
         }
         self.free.clear();
+        self.withheld.iter_mut().for_each(Vec::clear);
         self.answers.clear();
         self.replies.clear();
         Ok(())

@@ -10,8 +10,13 @@ use super::phy::Adapter;
 use super::rig::{Rig, address};
 use super::*;
 
+mod anew;
 mod hostile;
+mod known;
 mod large;
+mod life;
+mod link;
+mod succession;
 
 /// A stack waits a second and more for what was lost while nobody served its guest.
 const TIMEOUT: Duration = Duration::from_secs(90);

@@ -161,6 +161,12 @@ impl Vmm {
         Ok((gpadl, pages))
     }
 
+    /// The number of page `at` of what was granted as `gpadl`.
+    #[cfg(test)]
+    pub(super) fn pfn(&self, gpadl: u32, at: usize) -> Option<u64> {
+        self.gpadls.get(&gpadl)?.get(at).copied()
+    }
+
     /// Takes memory back.
     ///
     /// # Errors
@@ -201,6 +207,29 @@ impl Vmm {
         self.connection.send(&FromVmm::Close { device: DEVICE, index })?;
         self.hear(|heard| matches!(heard, FromSwitch::Closed { index: it, .. } if *it == index))?;
         Ok(())
+    }
+
+    /// Has the switch let go of all that the guest has of it, as a reset of the machine does.
+    ///
+    /// # Errors
+    /// The switch is gone.
+    pub fn reset(&mut self) -> Result<(), VscError> {
+        let indices: Vec<u16> = self.channels.keys().rev().copied().collect();
+        for index in indices {
+            self.close(index)?;
+        }
+        let gpadls: Vec<u32> = self.gpadls.keys().copied().collect();
+        gpadls.into_iter().try_for_each(|gpadl| self.revoke(gpadl))
+    }
+
+    /// Takes the adapter away from under the guest, as a hot removal does.
+    ///
+    /// # Errors
+    /// The switch is gone.
+    pub fn remove(&mut self) -> Result<(), VscError> {
+        self.channels.clear();
+        self.gpadls.clear();
+        Ok(self.connection.send(&FromVmm::Gone { device: DEVICE })?)
     }
 
     /// How many subchannels the switch wants offered; waits for it.

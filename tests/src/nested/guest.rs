@@ -78,6 +78,12 @@ impl Guest {
         Ok(boot)
     }
 
+    /// Waits until it obeys anew, after a reset that it has had just now.
+    pub fn wait_rebooted(&mut self, limit: Duration) -> Result<Duration> {
+        (self.boot, self.started) = (None, Instant::now());
+        self.wait_ready(limit)
+    }
+
     /// The host it runs in.
     pub fn host(&self) -> &Host {
         &self.host

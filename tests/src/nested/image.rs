@@ -13,7 +13,7 @@ const GUEST_INIT: &str = include_str!("../../guest/init");
 
 /// The host's drivers: KVM, both ways to lend a guest a card, bridges, and the line to the test.
 const HOST_MODULES: &[&str] =
-    &["virtio_pci", "virtio_console", "kvm-amd", "tun", "vhost_net", "veth", "bridge", "sch_netem"];
+    &["virtio_pci", "virtio_console", "kvm-amd", "tun", "vhost_net", "veth", "bridge", "sch_netem", "8021q"];
 /// First found on this host's path goes in; busybox has the rest.
 const HOST_PROGRAMS: &[&str] =
     &["dash", "ip", "bridge", "tc", "ethtool", "iperf3", "ping", "tcpdump", "sysctl", "setpriv", "taskset"];
@@ -26,11 +26,16 @@ const GUEST_MODULES: &[&str] =
     &["hv_vmbus", "hv_netvsc", "hv_utils", "hv_balloon", "virtio_pci", "virtio_net", "8021q"];
 /// What only the full kernel has.
 const FULL_MODULES: &[&str] = &["e1000"];
+/// What the full kernel has aboard, but not loaded: a disk in memory with a file system that can be frozen.
+const DISK_MODULES: &[&str] = &["brd", "ext4"];
 const GUEST_PROGRAMS: &[&str] = &["dash", "ip", "ethtool", "iperf3", "ping", "tcpdump"];
 const HYPERV_PACKAGE: &str = "hyperv-daemons";
 const HYPERV_DAEMONS: &[&str] = &["hv_kvp_daemon", "hv_vss_daemon"];
 /// What they run to learn about addresses.
 const HYPERV_SCRIPTS: &[&str] = &["hv_get_dns_info", "hv_get_dhcp_info"];
+
+/// tcpdump asks who it is.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n";
 
 /// Where a guest's kernel is in the nested host.
 pub fn guest_kernel(flavour: Flavour) -> &'static str {
@@ -62,6 +67,7 @@ pub fn guest(cache: &Path, flavour: Flavour) -> Result<Boot> {
     let kernel = Kernel::of(flavour)?;
     let mut image = Image::new(GUEST_INIT)?;
     image.programs(GUEST_PROGRAMS)?;
+    image.text("etc/passwd", PASSWD);
     let package = Cache::open()?.unpacked(HYPERV_PACKAGE, |_| Ok(()))?;
     for daemon in HYPERV_DAEMONS {
         let program = package.join("usr/sbin").join(daemon);
@@ -78,7 +84,19 @@ pub fn guest(cache: &Path, flavour: Flavour) -> Result<Boot> {
         Flavour::Cloud => (GUEST_MODULES.to_vec(), "guest-cloud"),
     };
     image.modules(&kernel, &modules)?;
+    if flavour == Flavour::Full {
+        disk_modules(&mut image, &kernel)?;
+    }
     Ok(Boot { kernel: kernel.image(), initrd: image.cached(cache, name)? })
+}
+
+/// Adds [`DISK_MODULES`] as `/mod/disk`, in the order to load them.
+fn disk_modules(image: &mut Image, kernel: &Kernel) -> Result<()> {
+    for (number, module) in kernel.modules(DISK_MODULES)?.iter().enumerate() {
+        let name = module.file_name().and_then(|name| name.to_str()).context("unexpected module name")?;
+        image.copy(module, &format!("mod/disk/{number:02}-{name}"))?;
+    }
+    Ok(())
 }
 
 /// What the nested host boots: Debian's cloud kernel, QEMU, the guests' files, and `programs`, which includes the porter.
@@ -86,6 +104,7 @@ pub fn host(cache: &Path, programs: &[PathBuf]) -> Result<Boot> {
     let kernel = Kernel::of(Flavour::Cloud)?;
     let mut image = Image::new(HOST_INIT)?;
     image.programs(HOST_PROGRAMS)?;
+    image.text("etc/passwd", PASSWD);
     image.programs(&["qemu-system-x86_64"])?;
     for firmware in FIRMWARE {
         let found = FIRMWARE_FOLDERS.iter().map(|folder| Path::new(folder).join(firmware));

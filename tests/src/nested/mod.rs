@@ -11,6 +11,8 @@
 //! | [`guest`] | a guest in it, driven over its console |
 //! | [`peer`] | QEMU as the guest's VMM |
 //! | [`yardd`] | our daemon in it, and its VMs |
+//! | [`stream`] | a TCP connection under load, its bytes compared |
+//! | [`scene`] | the frame of a test |
 //! | [`image`] | what both are made of |
 //! | [`link`], [`wire`], [`porter`] | the line between a test and the host |
 
@@ -21,6 +23,8 @@ pub mod link;
 pub mod namespace;
 pub mod peer;
 pub mod porter;
+pub mod scene;
+pub mod stream;
 pub mod wire;
 pub mod yardd;
 
@@ -28,4 +32,6 @@ pub use guest::Guest;
 pub use host::{Host, HostSpec};
 pub use namespace::Namespace;
 pub use peer::{Peer, PeerSpec};
+pub use scene::{Steps, scene};
+pub use stream::Stream;
 pub use yardd::{VmNic, VmSpec, Yardd};

@@ -189,6 +189,28 @@ impl Yardd {
         find_port(&self.report()?, switch, port)
     }
 
+    /// Everything that `yard vm show` knows of a VM.
+    pub fn vm(&self, name: &str) -> Result<Value> {
+        let text = self.yard(&format!("--json vm show {name}"))?;
+        serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))
+    }
+
+    /// Waits until a VM is as `ready` wants it; what `yard vm show` then knew of it.
+    pub fn wait_for_vm(&self, name: &str, what: &str, ready: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut seen = Value::Null;
+        let reached = wait_for(&format!("VM {name}: {what}"), LIMIT, || {
+            seen = self.vm(name)?;
+            Ok(ready(&seen))
+        });
+        reached.with_context(|| format!("{seen:#}"))?;
+        Ok(seen)
+    }
+
+    /// Waits until a VM is in `state` (`off`, `running`, `paused`, `crashed`, ...).
+    pub fn wait_for_vm_state(&self, name: &str, state: &str) -> Result<Value> {
+        self.wait_for_vm(name, state, |vm| vm["state"] == state)
+    }
+
     /// Waits until a port is in `state` (`up`, `waiting`, `faulted`, `finished`).
     pub fn wait_for_port(&self, switch: &str, port: &str, state: &str) -> Result<()> {
         let reached = wait_for(&format!("{switch}/{port} to be {state}"), LIMIT, || {

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -17,6 +18,9 @@ use super::{FromSwitch, FromVmm};
 
 /// Socket buffers, in bytes: some of the longest messages at once, so that neither side often waits for the other.
 const BUFFER_BYTES: usize = 4 * MAX_MESSAGE;
+
+/// How long a switch waits to be let in.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a connection cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -56,14 +60,21 @@ pub fn pair() -> Result<(VmmConnection, SwitchConnection), HandoverError> {
 }
 
 impl SwitchConnection {
-    /// Connects to the VMM that listens at `path`.
+    /// Connects to the VMM that listens at `path`. One that accepts nobody is not waited for long.
     ///
     /// # Errors
     /// Nobody listens there, or the kernel refuses.
     pub fn connect(path: &Path) -> Result<Self, HandoverError> {
+        Self::connect_within(path, PATIENCE)
+    }
+
+    pub(super) fn connect_within(path: &Path, patience: Duration) -> Result<Self, HandoverError> {
         let address = SocketAddrUnix::new(path)?;
         let socket = socket()?;
+        // Until there is room in its queue.
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(patience))?;
         rustix::net::connect(&socket, &address)?;
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
         Self::new(socket)
     }
 }

@@ -31,6 +31,9 @@ pub const STATE_BYTES: usize = 1 << 20;
 /// Regions in one [`FromVmm::Memory`].
 pub const MAX_REGIONS: usize = 64;
 
+/// Bytes of a guest's memory, offsets in its file included: no VMM is to use up the switch's address space.
+pub const MAX_MEMORY: usize = 4 << 40;
+
 /// Bytes of a device's name, and of a fault's reason.
 pub const MAX_TEXT: usize = 1024;
 
@@ -200,6 +203,9 @@ pub enum MemoryError {
     /// A region's end exceeds 2^64.
     #[error("region at {0:#x} of the file exceeds the address space")]
     OutOfBounds(u64),
+    /// More than [`MAX_MEMORY`].
+    #[error("guest memory of {0} bytes, at most {MAX_MEMORY} are mapped")]
+    TooLarge(usize),
     /// The file cannot be mapped.
     #[error(transparent)]
     Mapping(#[from] MappingError),
@@ -211,14 +217,17 @@ pub enum MemoryError {
 /// Maps a guest's memory as [`FromVmm::Memory`] describes it.
 ///
 /// # Errors
-/// The file is too short, or the regions make no sense.
+/// The file is too short, is not in memory, or the regions make no sense.
 pub fn map_memory(regions: &[MemoryRegion], fd: BorrowedFd<'_>) -> Result<Arc<GuestMemory>, MemoryError> {
     let mut len = 0;
     for region in regions {
         let end = region.offset.checked_add(region.len).and_then(|end| usize::try_from(end).ok());
         len = len.max(end.ok_or(MemoryError::OutOfBounds(region.offset))?);
     }
-    let mapping = Arc::new(Mapping::shared(fd, 0, len)?);
+    if len > MAX_MEMORY {
+        return Err(MemoryError::TooLarge(len));
+    }
+    let mapping = Arc::new(Mapping::from_peer(fd, 0, len)?);
     let region = |it: &MemoryRegion| Region::new(it.gpa, it.gpa, it.len, Arc::clone(&mapping), it.offset);
     let regions = regions.iter().map(region).collect::<Result<Vec<_>, _>>()?;
     Ok(Arc::new(GuestMemory::new(regions, None)?))

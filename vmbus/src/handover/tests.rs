@@ -389,3 +389,37 @@ fn memory_of_several_regions_is_mapped_and_a_short_file_is_refused() {
     assert!(matches!(refused(&[region(0, 0x1000, 0), region(0xfff, 0x1000, 0)]), MemoryError::Region(_)));
     assert!(matches!(refused(&[region(u64::MAX, 0x1000, 0)]), MemoryError::Region(_)));
 }
+
+/// Of a disk, or of a file system that the VMM itself serves, a page may never come.
+#[test]
+fn memory_that_is_no_memory_file_or_exceeds_what_is_mapped_is_refused() {
+    let region = |len| [MemoryRegion { gpa: 0, len, offset: 0 }];
+    let disk = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
+    for fd in [disk.as_fd(), eventfd().as_fd()] {
+        assert!(matches!(map_memory(&region(0x1000), fd), Err(MemoryError::Mapping(_))));
+    }
+    let sparse = file(4096);
+    rustix::fs::ftruncate(&sparse, 2 * MAX_MEMORY as u64).unwrap();
+    let refused = map_memory(&region(MAX_MEMORY as u64 + 4096), sparse.as_fd());
+    assert!(matches!(refused, Err(MemoryError::TooLarge(_))));
+}
+
+#[test]
+fn vmm_that_lets_nobody_in_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vmm");
+    let listener = Listener::bind(&path).unwrap();
+    let patience = std::time::Duration::from_millis(50);
+    let connect = || SwitchConnection::connect_within(&path, patience);
+    let mut waiting = Vec::new();
+    let refused = loop {
+        match connect() {
+            Ok(connection) => waiting.push(connection),
+            Err(error) => break error,
+        }
+        assert!(waiting.len() < 1000, "the queue has no end");
+    };
+    assert!(matches!(refused, HandoverError::Io(rustix::io::Errno::AGAIN)), "{refused}");
+    listener.accept().unwrap();
+    connect().unwrap();
+}

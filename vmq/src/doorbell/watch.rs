@@ -3,7 +3,9 @@
 //! `O_NONBLOCK` belongs to the open file, which a guest's VMM shares and may clear; if it also fills the counter, the next
 //! write to it waits for ever, and with it a worker and all its ports. No kernel call writes an eventfd in a way that
 //! cannot wait. So each thread says which descriptor it is ringing (two stores to a line of its own), and one thread
-//! looks every tenth of a second: a write seen in two looks in a row is freed by emptying the counter.
+//! looks every tenth of a second: a write seen in two looks in a row, to a counter that is full, is freed by emptying the
+//! counter. One that takes so long to a counter with room waits for a processor and not for the peer: its thread lost its
+//! own to whom it woke. It needs no help, and its doorbell is as good as any.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Once;
@@ -14,7 +16,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::os;
 
-const ROUND: Duration = Duration::from_millis(100);
+pub(super) const ROUND: Duration = Duration::from_millis(100);
 
 /// Threads that are watched; further ones ring without.
 const THREADS: usize = 256;
@@ -76,7 +78,7 @@ fn run() {
         let taken = TAKEN.load(Ordering::Relaxed).min(THREADS);
         for (seat, seen) in SEATS.iter().zip(&mut seen).take(taken) {
             let now = (seat.fd.load(Ordering::Acquire), seat.rings.load(Ordering::Relaxed));
-            if now.0 != IDLE && now == *seen {
+            if now.0 != IDLE && now == *seen && os::counter_is_full(now.0) {
                 help(seat, now.0);
             }
             *seen = now;

@@ -16,6 +16,8 @@ use super::sigbus;
 pub struct Mapping {
     ptr: NonNull<u8>,
     len: usize,
+    /// Whole pages of the file's own size: huge ones are neither unmapped nor replaced in part.
+    whole: usize,
     guard: sigbus::Guard,
 }
 
@@ -49,12 +51,30 @@ pub enum MappingError {
     /// Nothing to map.
     #[error("mapping of 0 bytes")]
     Empty,
+    /// A file whose pages somebody may have to fetch first.
+    #[error("file is not in memory (a memfd, shared memory or huge pages)")]
+    NotInMemory,
     /// More mappings than the process keeps track of.
     #[error("more than {0} mappings")]
     TooMany(usize),
 }
 
+/// The largest pages there are.
+const LARGEST_PAGE: usize = 1 << 30;
+
 impl Mapping {
+    /// As [`Mapping::shared`], of a file that a peer sent. Only files in memory know seals; a page of any other may be a
+    /// page fault that some server, of the peer's choice, answers when it likes.
+    ///
+    /// # Errors
+    /// As [`Mapping::shared`], or the file is not in memory.
+    pub fn from_peer(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self, MappingError> {
+        if rustix::fs::fcntl_get_seals(fd).is_err() {
+            return Err(MappingError::NotInMemory);
+        }
+        Self::shared(fd, offset, len)
+    }
+
     /// Maps `len` bytes of `fd` from `offset`, which must be a multiple of the page size.
     ///
     /// # Errors
@@ -65,25 +85,28 @@ impl Mapping {
         }
         let source = |source| MappingError::Map { len, offset, source };
         let needed = offset.checked_add(len as u64).ok_or(source(rustix::io::Errno::OVERFLOW))?;
-        let size = rustix::fs::fstat(fd).map_err(source)?.st_size;
-        let size = u64::try_from(size).unwrap_or(0);
+        let stat = rustix::fs::fstat(fd).map_err(source)?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
         if size < needed {
             return Err(MappingError::Short { size, needed });
         }
+        let page = usize::try_from(stat.st_blksize).ok().filter(|page| (1..=LARGEST_PAGE).contains(page));
+        let whole = len.checked_next_multiple_of(page.unwrap_or(1));
+        let whole = whole.ok_or(source(rustix::io::Errno::OVERFLOW))?;
         use rustix::mm::{MapFlags, ProtFlags, mmap};
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a fresh address range chosen by the kernel; nothing of ours is replaced.
-        let ptr = unsafe { mmap(std::ptr::null_mut(), len, prot, flags, fd, offset) }.map_err(source)?;
-        Self::guarded(ptr, len)
+        let ptr = unsafe { mmap(std::ptr::null_mut(), whole, prot, flags, fd, offset) }.map_err(source)?;
+        Self::guarded(ptr, len, whole)
     }
 
-    fn guarded(ptr: *mut c_void, len: usize) -> Result<Self, MappingError> {
-        match (NonNull::new(ptr.cast::<u8>()), sigbus::watch(ptr as usize, len)) {
-            (Some(ptr), Some(guard)) => Ok(Self { ptr, len, guard }),
+    fn guarded(ptr: *mut c_void, len: usize, whole: usize) -> Result<Self, MappingError> {
+        match (NonNull::new(ptr.cast::<u8>()), sigbus::watch(ptr as usize, whole)) {
+            (Some(ptr), Some(guard)) => Ok(Self { ptr, len, whole, guard }),
             _ => {
                 // SAFETY: the mapping was made by the caller just now and is not used by anyone.
-                let _ = unsafe { rustix::mm::munmap(ptr, len) };
+                let _ = unsafe { rustix::mm::munmap(ptr, whole) };
                 Err(MappingError::TooMany(sigbus::SLOTS))
             }
         }
@@ -139,6 +162,6 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         self.guard.release();
         // SAFETY: this value owns the range; segments, rooms and rings that point into it borrow or share this value.
-        let _ = unsafe { rustix::mm::munmap(self.ptr.as_ptr().cast(), self.len) };
+        let _ = unsafe { rustix::mm::munmap(self.ptr.as_ptr().cast(), self.whole) };
     }
 }

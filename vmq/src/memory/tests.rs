@@ -90,6 +90,38 @@ fn file_shorter_than_the_mapping_is_refused() {
 }
 
 #[test]
+fn file_that_is_not_in_memory_is_refused_from_a_peer() {
+    let path = std::env::current_exe().unwrap();
+    let disk = std::fs::File::open(path).unwrap();
+    let (_, pipe) = std::io::pipe().unwrap();
+    for fd in [disk.as_fd(), pipe.as_fd()] {
+        assert!(matches!(Mapping::from_peer(fd, 0, 4096), Err(MappingError::NotInMemory)));
+    }
+    let (_mapping, fd) = Mapping::memfd("test", 0x1000).unwrap();
+    assert_eq!(Mapping::from_peer(fd.as_fd(), 0, 0x1000).unwrap().len(), 0x1000);
+}
+
+/// Touching a huge page that is not there raises SIGBUS, and a part of one can be neither replaced nor unmapped.
+#[test]
+fn part_of_a_huge_page_that_is_missing_turns_to_zeroes_and_is_unmapped_whole() {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    // A kernel without huge pages of 2 MiB has no such file.
+    let Ok(fd) = memfd_create("part-of-huge", flags) else { return };
+    ftruncate(&fd, 2 << 20).unwrap();
+    let part = || Mapping::from_peer(fd.as_fd(), 0, 0x1000).unwrap();
+    assert_eq!(part().len(), 0x1000);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(!maps.contains("part-of-huge"), "a mapping is left behind");
+
+    let region = Region::new(0, 0, 0x1000, Arc::new(part()), 0).unwrap();
+    let memory = GuestMemory::new(vec![region], None).unwrap();
+    ftruncate(&fd, 0).unwrap();
+    assert_eq!(memory.segment(0, 8).unwrap().read(), Some([0; 8]));
+    assert!(memory.lost() && memory.segment(0x1000, 1).is_none());
+}
+
+#[test]
 fn write_marks_exactly_the_pages_it_touches() {
     let (mapping, _fd) = Mapping::memfd("guest", 0x10000).unwrap();
     let (bitmap, _log_fd) = Mapping::memfd("log", 0x1000).unwrap();

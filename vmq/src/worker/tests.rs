@@ -122,3 +122,20 @@ fn removed_or_finished_task_is_let_go_and_the_worker_parks() {
 fn processor_that_does_not_exist_is_an_error() {
     assert!(Worker::<()>::start(4000, Clock::default(), Duration::ZERO).is_err());
 }
+
+#[test]
+fn window_grows_while_frames_come_soon_and_shrinks_to_nothing_while_they_do_not() {
+    let mut window = Window(50);
+    for expected in [25, 12, 6, 0, 0] {
+        window.adapt(500, 50);
+        assert_eq!(window, Window(expected));
+    }
+    for expected in [12, 24, 48, 50, 50] {
+        window.adapt(49, 50);
+        assert_eq!(window, Window(expected));
+    }
+    // A worker that never polls in vain.
+    let mut window = Window(0);
+    window.adapt(0, 0);
+    assert_eq!(window, Window(0));
+}

@@ -186,6 +186,12 @@ impl BackendPort {
         self.core.fault(reason);
     }
 
+    /// Ends a fault as the operator's restart does, for a guest that begins anew. All queues are disconnected.
+    pub fn recover(&self) {
+        tracing::info!(switch = %self.core.switch, port = %self.core.name, "port restarted, its guest begins anew");
+        self.core.clear_fault("the guest's driver".into());
+    }
+
     /// True from a fault until the restart.
     pub fn is_faulted(&self) -> bool {
         self.core.is_faulted()

@@ -82,11 +82,20 @@ impl Fabric {
             self.vhost.fault(endpoint);
         }
         port.tell(BackendEvent::Faulted);
+        // Under each queue's lock: a device model may have ended the fault meanwhile, and what it connects then stays.
         for (_, source) in &port.sources {
-            source.swap(Source::Absent);
+            source.with(|source| {
+                if port.core.is_faulted() {
+                    *source = Source::Absent;
+                }
+            });
         }
         for sink in &port.sinks {
-            sink.swap(Sink::Absent(DropReason::Faulted));
+            sink.with(|sink| {
+                if port.core.is_faulted() {
+                    *sink = Sink::Absent(DropReason::Faulted);
+                }
+            });
         }
     }
 

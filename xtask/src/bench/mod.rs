@@ -4,6 +4,7 @@
 //! after round, and the medians are set against each other. `docs/performance.md` says what each one measures.
 
 mod generator;
+mod goal;
 mod guests;
 mod machine;
 mod namespaces;
@@ -47,6 +48,8 @@ pub struct Options {
     /// Measure the programs in this folder instead of a fresh release build.
     #[arg(long)]
     programs: Option<PathBuf>,
+    #[command(flatten)]
+    nic: nic::Options,
     /// Where the raw figures go [default: target/bench/WHAT.json].
     #[arg(long)]
     json: Option<PathBuf>,
@@ -62,8 +65,10 @@ enum What {
     Guests,
     /// Two namespaces over TAP: Linux bridge with veth, OVS userspace, yardd.
     Tap,
-    /// One guest's card, guest to host, in the nested host: QEMU's virtio-net with and without vhost-net, and e1000.
+    /// Guests' cards in the nested host: ours, synthetic and emulated, QEMU's virtio-net and e1000; boot, memory.
     Nic,
+    /// Criterion bench: guest to switch to guest, the guests played in-process over shared memory.
+    Vsc,
     /// Many silent ports, many addresses, learning.
     Scale,
     /// What waking from sleep adds to a ping.
@@ -75,12 +80,13 @@ enum What {
 }
 
 impl What {
-    const EACH: [Self; 8] = [
+    const EACH: [Self; 9] = [
         Self::Vhost,
         Self::Generator,
         Self::Guests,
         Self::Tap,
         Self::Nic,
+        Self::Vsc,
         Self::Scale,
         Self::Wake,
         Self::Micro,
@@ -93,6 +99,7 @@ impl What {
             Self::Guests => "guests",
             Self::Tap => "tap",
             Self::Nic => "nic",
+            Self::Vsc => "vsc",
             Self::Scale => "scale",
             Self::Wake => "wake",
             Self::Micro => "micro",
@@ -107,7 +114,7 @@ impl What {
             Self::Tap => &[setup::NETWORK, setup::OVS],
             Self::Nic => &[setup::NESTED],
             Self::Wake => &[setup::NETWORK],
-            Self::Scale | Self::Micro => &[],
+            Self::Scale | Self::Vsc | Self::Micro => &[],
             Self::All => return setup::all_packages(),
         };
         packages.concat()
@@ -122,7 +129,7 @@ impl What {
             Self::Tap | Self::Wake => &[Need::Root, Need::Processors(2), Need::Tap, Need::Namespaces],
             Self::Nic => &[Need::Processors(2)],
             Self::Scale => &[Need::Root, Need::Processors(2), Need::HugePages(16)],
-            Self::Micro | Self::All => &[],
+            Self::Vsc | Self::Micro | Self::All => &[],
         }
     }
 }
@@ -142,8 +149,11 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn run_one(options: &Options, what: What) -> Result<()> {
-    if what == What::Micro {
-        return build::cargo(&["bench", "--package", "switchyard-benches"]);
+    let criterion = ["bench", "--package", "switchyard-benches"];
+    match what {
+        What::Micro => return build::cargo(&[&criterion[..], &["--bench", "data_path"]].concat()),
+        What::Vsc => return build::cargo(&[&criterion[..], &["--bench", "vsc"]].concat()),
+        _ => {}
     }
     setup::ensure(&what.packages())?;
     let programs = match &options.programs {
@@ -164,15 +174,16 @@ fn run_one(options: &Options, what: What) -> Result<()> {
         What::Generator => generator::run(&plan, options.packed, &options.frames, &mut report)?,
         What::Guests => guests::run(&plan, &mut report)?,
         What::Tap => tap::run(&plan, &mut report)?,
-        What::Nic => nic::run(&plan, &mut report)?,
+        What::Nic => nic::run(&plan, &options.nic, &mut report)?,
         What::Scale => scale::run(&plan, &mut report)?,
         What::Wake => wake::run(&plan, &mut report)?,
-        What::Micro | What::All => {}
+        What::Vsc | What::Micro | What::All => {}
     }
     println!("{}", report.markdown());
     let file = options.json.clone().unwrap_or_else(|| raw_file(options, what));
     report.save(&file).with_context(|| format!("cannot write {}", file.display()))?;
     eprintln!("raw figures: {}", file.display());
+    ensure!(report.failed.is_none(), "not measured: {}", report.failed.unwrap_or_default());
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::goal::Goal;
 use super::machine;
 
 /// What was measured of one peer, round by round.
@@ -82,12 +83,19 @@ pub struct Table {
     pub rows: Vec<Row>,
     /// What a reader must know.
     pub notes: Vec<String>,
+    /// What is wanted of the lines.
+    goals: Vec<Goal>,
 }
 
 impl Table {
     /// Without lines yet.
     pub fn new(title: impl Into<String>) -> Self {
         Self { title: title.into(), ..Self::default() }
+    }
+
+    /// Says below the lines whether one is as wanted.
+    pub fn goal(&mut self, goal: &Goal) {
+        self.goals.push(goal.clone());
     }
 
     fn markdown(&self) -> String {
@@ -109,12 +117,17 @@ impl Table {
         for note in &self.notes {
             let _ = writeln!(text, "\n{note}");
         }
+        let goals: Vec<_> = self.goals.iter().map(|goal| format!("{goal}\n")).collect();
+        if !goals.is_empty() {
+            let _ = write!(text, "\n{}", goals.concat());
+        }
         text
     }
 
     fn json(&self) -> Value {
         let rows: Vec<_> = self.rows.iter().map(Row::json).collect();
-        json!({ "title": self.title, "rows": rows, "notes": self.notes })
+        let goals: Vec<_> = self.goals.iter().map(Goal::to_string).collect();
+        json!({ "title": self.title, "rows": rows, "notes": self.notes, "goals": goals })
     }
 }
 
@@ -126,12 +139,14 @@ pub struct Report {
     machine: Value,
     /// Tables.
     pub tables: Vec<Table>,
+    /// What could not be measured.
+    pub failed: Option<String>,
 }
 
 impl Report {
     /// Of `bench`, measured as `how` says.
     pub fn new(bench: &str, how: String) -> Self {
-        Self { bench: bench.to_owned(), how, machine: machine::describe(), tables: Vec::new() }
+        Self { bench: bench.to_owned(), how, machine: machine::describe(), tables: Vec::new(), failed: None }
     }
 
     /// All tables.
@@ -209,11 +224,12 @@ mod tests {
             unit: "Mpps",
             series: vec![series("yardd", &[15.0, 15.5, 14.0]), series("ovs", &[10.0, 9.0, 11.0])],
         };
-        let table = Table { title: "t".to_owned(), rows: vec![row], notes: vec!["n".to_owned()] };
+        let mut table = Table { rows: vec![row], notes: vec!["n".to_owned()], ..Table::new("t") };
+        table.goal(&Goal::at_least("64 B", 1.5, 2.0));
         assert_eq!(
             table.markdown(),
             "### t\n\n| | yardd | ovs | to ovs |\n|---|---:|---:|---:|\n\
-             | 64 B, Mpps | 15.0 (14.0–15.5) | 10.0 (9.00–11.0) | **1.50** |\n\nn\n"
+             | 64 B, Mpps | 15.0 (14.0–15.5) | 10.0 (9.00–11.0) | **1.50** |\n\nn\n\n- 64 B: 1.50, wanted at least 2: **missed**\n"
         );
     }
 

@@ -128,6 +128,7 @@ impl Play {
 
     fn set(&self, register: u32, value: u32) {
         self.nic.write(0, register, &value.to_le_bytes());
+        self.nic.0.send_frames();
     }
 
     fn poke(&self, address: u64, bytes: &[u8]) {
@@ -204,11 +205,12 @@ impl Play {
     /// One turn of the adapter's thread.
     fn thread_runs(&self) {
         let shared = &self.nic.0;
-        let mut core = shared.lock();
-        let mut buffer = Vec::new();
-        let Some(cable) = core.cable.clone().filter(|_| core.receives()) else { return };
-        let outcome = shared.take_frames(&mut core, &cable, &mut buffer);
-        shared.settle(&mut core, outcome);
+        let core = shared.lock();
+        let waits = core.receives() && core.receive.available() > 0;
+        let Some(cable) = core.cable.clone().filter(|_| waits) else { return };
+        drop(core);
+        shared.take_frames(&cable, &mut Vec::new());
+        shared.send_frames();
     }
 
     fn recable(&mut self) {

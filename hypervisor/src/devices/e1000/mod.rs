@@ -1,9 +1,12 @@
 //! An emulated 82540EM, which every guest has a driver for: Linux' `e1000`, DPDK's PMD. Slow by nature, since a register
 //! access stops the virtual processor; the synthetic adapter is measured against it.
 //!
-//! Frames cross a socket of sequenced packets to the switch, each behind a virtio-net header. Frames to be sent leave on
-//! the virtual processor that wrote the tail register; a thread of the adapter's own receives, and delivers throttled
-//! interrupts. Segmentation and checksums are left to the switch.
+//! Frames cross a socket of sequenced packets to the switch, each behind a virtio-net header. A thread of the
+//! adapter's own (`service`) sends, receives, and delivers throttled interrupts. Segmentation and checksums are left to the switch.
+//!
+//! Cost model: what a frame costs is exits, about six an interrupt and one a tail write, and one system call that moves it.
+//! So a frame to be segmented is sent whole, a virtual processor wakes the thread only if that sleeps over something new, and
+//! it goes on while the thread copies: only registers are behind the lock that both take.
 
 mod eeprom;
 #[doc(hidden)]
@@ -13,27 +16,27 @@ mod phy;
 mod receive;
 mod registers;
 mod ring;
+mod service;
 mod transmit;
 
 #[cfg(test)]
 mod tests;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use vmq::doorbell::Doorbell;
 use vmq::memory::GuestMemory;
 
 use self::eeprom::Eeprom;
-use self::interrupt::{Interrupts, Line};
+use self::interrupt::Interrupts;
 use self::phy::Phy;
 use self::receive::{Filters, Received};
 use self::registers::*;
 use self::ring::Ring;
-use self::transmit::{LONGEST, Transmitter, VNET};
+use self::transmit::{Backlog, Transmitter, VNET};
 use super::bus::InterruptLine;
 use super::pci::{Identity, PciFunction};
 
@@ -42,6 +45,9 @@ pub use self::ring::E1000Fault;
 /// Called once with the reason if the guest does what cannot be served; the adapter is dead from then on, until it is
 /// reset.
 pub type OnFault = Box<dyn Fn(&E1000Fault) + Send + Sync>;
+
+/// Bytes of frames on their way to the switch that are asked for.
+const BUFFER: usize = 1 << 20;
 
 /// All that the guest can change.
 #[derive(Debug)]
@@ -61,9 +67,15 @@ struct Core {
     filters: Filters,
     receive: Ring,
     transmit: Ring,
-    transmitter: Transmitter,
+    backlog: Backlog,
     interrupts: Interrupts,
     line: bool,
+    /// When the line has to be looked at again.
+    alarm: Option<Instant>,
+    /// The thread waits for frames from the cable.
+    listening: bool,
+    /// The machine is stopped: memory and interrupt line are left alone.
+    held: bool,
     statistics: [u32; ((STATISTICS_END - STATISTICS) / 4) as usize],
     /// The guest allows access to its memory.
     master: bool,
@@ -74,11 +86,14 @@ struct Core {
 /// The adapter, shared by virtual processors and its thread.
 #[derive(Debug)]
 struct Shared {
+    /// Held while frames are sent, and by who changes what that relies on. Taken before `core`.
+    transmitter: Mutex<Transmitter>,
     core: Mutex<Core>,
     memory: Arc<GuestMemory>,
     line: Arc<dyn InterruptLine>,
     /// Wakes the thread: descriptors, a cable, a moment to interrupt, the end.
     wake: Doorbell,
+    ended: AtomicBool,
     on_fault: Fault,
 }
 
@@ -118,9 +133,12 @@ impl Core {
             filters,
             receive: Ring::default(),
             transmit: Ring::default(),
-            transmitter: Transmitter::default(),
+            backlog: Backlog::None,
             interrupts: Interrupts::default(),
             line: false,
+            alarm: None,
+            listening: false,
+            held: false,
             statistics: [0; 64],
             master: false,
             dead: false,
@@ -128,12 +146,20 @@ impl Core {
         }
     }
 
-    /// As after power-on; cable and permission stay.
+    /// As after power-on; cable and permissions stay.
     fn reset(&mut self) {
         let fresh = Self::new(self.mac);
         let (cable, master, line) = (self.cable.take(), self.master, self.line);
-        *self = Self { cable, master, line, ..fresh };
+        let (listening, held) = (self.listening, self.held);
+        *self = Self { cable, master, line, listening, held, ..fresh };
         self.phy.set_link(self.cable.is_some());
+    }
+
+    /// The other end is gone.
+    fn unplug(&mut self) {
+        self.cable = None;
+        self.phy.set_link(false);
+        self.interrupts.raise(CAUSE_LSC);
     }
 
     fn count(&mut self, register: u32, by: u32) {
@@ -188,8 +214,8 @@ impl Core {
         }
     }
 
-    /// Writes a register; true if the transmitter has something to do.
-    fn write(&mut self, register: u32, value: u32) -> bool {
+    /// Writes a register.
+    fn write(&mut self, register: u32, value: u32) {
         let set_low = |base: u64| base & !0xffff_ffff | u64::from(value & !15);
         let set_high = |base: u64| base & 0xffff_ffff | u64::from(value) << 32;
         match register {
@@ -221,10 +247,7 @@ impl Core {
             IMS => self.interrupts.enable(value),
             IMC => self.interrupts.disable(value),
             RCTL => self.filters.control = value,
-            TCTL => {
-                self.transmit_control = value;
-                return true;
-            }
+            TCTL => self.transmit_control = value,
             PBA => self.packet_buffer = value,
             RDBAL => self.receive.base = set_low(self.receive.base),
             RDBAH => self.receive.base = set_high(self.receive.base),
@@ -235,10 +258,7 @@ impl Core {
             TDBAH => self.transmit.base = set_high(self.transmit.base),
             TDLEN => self.transmit.bytes = value & 0xf_ff80,
             TDH => self.transmit.head = value & 0xffff,
-            TDT => {
-                self.transmit.tail = value & 0xffff;
-                return true;
-            }
+            TDT => self.transmit.tail = value & 0xffff,
             RXCSUM => self.receive_sums = value,
             _ => {
                 if let Some(word) = table(&mut self.filters, register) {
@@ -246,7 +266,6 @@ impl Core {
                 }
             }
         }
-        false
     }
 
     fn set_strip(&mut self) {
@@ -268,45 +287,18 @@ impl Core {
         }
     }
 
-    fn transmits(&self) -> bool {
-        self.transmit_control & TCTL_EN != 0 && self.master && !self.dead
-    }
-
-    fn receives(&self) -> bool {
+    /// A driver has set it up, and it goes.
+    fn is_running(&self) -> bool {
         self.filters.control & RCTL_EN != 0 && self.master && !self.dead
     }
 
-    /// Sends what the guest gave.
-    fn transmit(&mut self, memory: &GuestMemory) -> Result<(), E1000Fault> {
-        let cable = self.cable.clone();
-        let tag = self.filters.strip;
-        let mut transmitter = std::mem::take(&mut self.transmitter);
-        let mut ring = self.transmit;
-        let mut send = |bytes: &[u8]| {
-            let len = bytes.len() - VNET;
-            if let Some(cable) = &cable {
-                // A full socket is a congested wire: the frame is lost, as frames are.
-                let _ = rustix::io::retry_on_intr(|| rustix::io::write(cable, bytes));
-            }
-            self.sent(&bytes[VNET..], len);
-        };
-        let turn = transmitter.run(memory, &mut ring, tag, &mut send);
-        (self.transmitter, self.transmit) = (transmitter, ring);
-        let turn = turn?;
-        self.count(TSCTC, turn.segmentations);
-        let written_back = if turn.reported { CAUSE_TXDW } else { 0 };
-        self.interrupts.raise(written_back | CAUSE_TXQE);
-        Ok(())
+    fn transmits(&self) -> bool {
+        self.transmit_control & TCTL_EN != 0 && self.master && !self.dead && !self.held
     }
 
-    fn sent(&mut self, frame: &[u8], len: usize) {
-        [GPTC, TPT].into_iter().for_each(|register| self.count(register, 1));
-        [GOTC, TOT].into_iter().for_each(|register| self.count_bytes(register, len));
-        match frame.first_chunk::<6>() {
-            Some([0xff, 0xff, 0xff, 0xff, 0xff, 0xff]) => self.count(BPTC, 1),
-            Some([first, ..]) if first & 1 != 0 => self.count(MPTC, 1),
-            _ => {}
-        }
+    /// Frames may be put into the ring.
+    fn receives(&self) -> bool {
+        self.is_running() && !self.held
     }
 
     /// Puts a frame, behind its virtio-net header, into the ring.
@@ -355,96 +347,6 @@ fn table(filters: &mut Filters, register: u32) -> Option<&mut u32> {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Brings the interrupt line up to date. Returns when it has to be looked at again.
-    fn update_line(&self, core: &mut Core) -> Option<Instant> {
-        let line = core.interrupts.line(Instant::now(), core.line);
-        let (high, again) = match line {
-            Line::Low => (false, None),
-            Line::High => (true, None),
-            Line::At(moment) => (false, Some(moment)),
-        };
-        if core.line != high {
-            core.line = high;
-            self.line.set(high);
-        }
-        again
-    }
-
-    /// Does what came of an access or a frame.
-    fn settle(&self, core: &mut Core, outcome: Result<(), E1000Fault>) -> Option<Instant> {
-        if let Err(fault) = outcome
-            && !core.dead
-        {
-            core.dead = true;
-            tracing::warn!(%fault, "emulated adapter stopped");
-            (self.on_fault.0)(&fault);
-        }
-        self.update_line(core)
-    }
-
-    /// The adapter's thread: frames from the cable, and interrupts when their time has come.
-    fn run(&self) -> ! {
-        let mut message = Vec::with_capacity(VNET + LONGEST);
-        let mut again = None;
-        loop {
-            let cable = {
-                let core = self.lock();
-                core.cable.clone().filter(|_| core.receives() && core.receive.available() > 0)
-            };
-            self.wait(cable.as_deref(), again);
-            let mut core = self.lock();
-            // Gone while we slept, or still the same: a stale one is only read for nothing.
-            let outcome = match (&cable, core.receives()) {
-                (Some(cable), true) => self.take_frames(&mut core, cable, &mut message),
-                _ => Ok(()),
-            };
-            again = self.settle(&mut core, outcome);
-        }
-    }
-
-    /// Frames in a row before the lock is given up.
-    const BATCH: usize = 64;
-
-    fn take_frames(&self, core: &mut Core, cable: &OwnedFd, message: &mut Vec<u8>) -> Result<(), E1000Fault> {
-        for _ in 0..Self::BATCH {
-            if core.receive.available() == 0 {
-                break;
-            }
-            message.clear();
-            message.resize(VNET + LONGEST, 0);
-            match rustix::io::read(cable, &mut **message) {
-                Ok(0) => {
-                    core.cable = None;
-                    core.phy.set_link(false);
-                    core.interrupts.raise(CAUSE_LSC);
-                    break;
-                }
-                Ok(len) => message.truncate(len),
-                Err(Errno::INTR) => continue,
-                Err(_) => break,
-            }
-            core.receive(&self.memory, message)?;
-        }
-        Ok(())
-    }
-
-    /// Waits for the cable, a wake-up or a moment.
-    fn wait(&self, cable: Option<&OwnedFd>, until: Option<Instant>) {
-        let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        fds.extend(cable.map(|cable| PollFd::new(cable, PollFlags::IN)));
-        let timeout =
-            until.and_then(|until| Timespec::try_from(until.saturating_duration_since(Instant::now())).ok());
-        // Interrupted or not: everything is looked at again.
-        let _ = poll(&mut fds, timeout.as_ref());
-        self.wake.clear();
-    }
-}
-
 impl E1000 {
     /// An adapter with the given station address, without cable. Its thread is the caller's to start with
     /// [`E1000::run`].
@@ -460,17 +362,27 @@ impl E1000 {
         let mut core = Core::new(mac);
         core.phy.set_link(false);
         let (core, wake, on_fault) = (Mutex::new(core), Doorbell::new()?, Fault(on_fault));
-        Ok(Self(Arc::new(Shared { core, memory, line, wake, on_fault })))
+        let ended = AtomicBool::new(false);
+        let transmitter = Mutex::default();
+        Ok(Self(Arc::new(Shared { transmitter, core, memory, line, wake, ended, on_fault })))
     }
 
-    /// Serves the adapter; runs for as long as the process.
-    pub fn run(&self) -> ! {
-        self.0.run()
+    /// Serves the adapter, until [`E1000::end`].
+    pub fn run(&self) {
+        self.0.run();
+    }
+
+    /// Ends [`E1000::run`], for good.
+    pub fn end(&self) {
+        self.0.ended.store(true, Ordering::SeqCst);
+        self.0.wake.ring();
     }
 
     /// Connects the cable: one end of a pair of sequenced packets. A cable from before is pulled.
     pub fn connect(&self, cable: OwnedFd) {
         let _ = rustix::io::ioctl_fionbio(&cable, true);
+        // Room for several frames to be segmented; the kernel gives what it allows.
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&cable, BUFFER);
         let mut core = self.0.lock();
         core.cable = Some(Arc::new(cable));
         core.phy.set_link(true);
@@ -482,7 +394,7 @@ impl E1000 {
 
     /// True once a driver receives.
     pub fn is_running(&self) -> bool {
-        self.0.lock().receives()
+        self.0.lock().is_running()
     }
 
     /// True while the cable is connected.
@@ -490,11 +402,30 @@ impl E1000 {
         self.0.lock().cable.is_some()
     }
 
+    /// When this returns, the adapter touches neither memory nor its interrupt line, until [`E1000::resume`]. Frames wait in
+    /// the cable.
+    pub fn pause(&self) {
+        let _idle = self.0.transmitter();
+        self.0.lock().held = true;
+    }
+
+    /// Undoes [`E1000::pause`].
+    pub fn resume(&self) {
+        let mut core = self.0.lock();
+        core.held = false;
+        self.0.update_line(&mut core);
+        drop(core);
+        self.0.wake.ring();
+    }
+
     /// As the machine's reset button.
     pub fn reset(&self) {
+        *self.0.transmitter() = Transmitter::default();
         let mut core = self.0.lock();
         core.reset();
-        self.0.update_line(&mut core);
+        if std::mem::take(&mut core.line) {
+            self.0.line.set(false);
+        }
     }
 }
 
@@ -526,18 +457,30 @@ impl PciFunction for E1000 {
     fn write(&self, _: usize, offset: u32, data: &[u8]) {
         // Registers are written as a whole (manual, section 13.2).
         let (Some(&value), 0) = (data.first_chunk::<4>(), offset & 3) else { return };
+        let value = u32::from_le_bytes(value);
+        // Not while the thread reads the ring. The tail may move meanwhile.
+        let ring = matches!(offset, CTRL | TCTL | TDBAL | TDBAH | TDLEN | TDH);
+        let mut idle = ring.then(|| self.0.transmitter());
         let mut core = self.0.lock();
-        let kick = core.write(offset, u32::from_le_bytes(value));
-        let outcome = if kick && core.transmits() { core.transmit(&self.0.memory) } else { Ok(()) };
-        let again = self.0.settle(&mut core, outcome);
-        // The thread looks after descriptors, and after interrupts that are to wait.
-        if again.is_some() || matches!(offset, RDT | RCTL) {
+        core.write(offset, value);
+        if let Some(transmitter) = idle.as_mut().filter(|_| offset == CTRL && value & CTRL_RST != 0) {
+            **transmitter = Transmitter::default();
+        }
+        let alarmed = self.0.update_line(&mut core);
+        // The thread looks after the clock, after frames to be sent, and after received ones once there is room.
+        let room = !core.listening && core.receives() && core.receive.available() > 0;
+        let frames = core.backlog == Backlog::None && core.transmits() && core.transmit.available() > 0;
+        if frames {
+            core.backlog = Backlog::More;
+        }
+        if alarmed || room || frames {
             drop(core);
             self.0.wake.ring();
         }
     }
 
     fn set_master(&self, on: bool) {
+        let _idle = self.0.transmitter();
         self.0.lock().master = on;
         self.0.wake.ring();
     }

@@ -58,6 +58,8 @@ impl Driver {
 
     fn set(&self, register: u32, value: u32) {
         self.nic.write(0, register, &value.to_le_bytes());
+        // The thread's part of it.
+        self.nic.0.send_frames();
     }
 
     fn get(&self, register: u32) -> u32 {
@@ -323,4 +325,49 @@ fn cable_pulled_at_the_other_end_is_link_down() {
     let Driver { nic, far, .. } = driver;
     drop(far);
     until("link loss", || !nic.is_connected());
+}
+
+#[test]
+fn frames_that_a_full_cable_does_not_take_wait_and_leave_in_order() {
+    let driver = Driver::new();
+    driver.start();
+    let mut sent = 0u32;
+    driver.descriptor(TX, 0, data(BUFFERS, 0xf000, 1, 0x20 | 1 | 8, 0));
+    driver.poke(BUFFERS, &ethernet([9; 6], 0xf000));
+    // A ring of 8 descriptors, all of them the same frame but for its last byte.
+    driver.set(TDLEN, 128);
+    while driver.nic.0.lock().backlog != Backlog::Blocked {
+        driver.poke(BUFFERS + 0xefff, &[u8::try_from(sent % 251).unwrap()]);
+        driver.descriptor(TX, u64::from(sent % 8), data(BUFFERS, 0xf000, 1, 0x20 | 1 | 8, 0));
+        sent += 1;
+        driver.set(TDT, sent % 8);
+    }
+    assert!(sent > 1);
+    for index in 0..sent {
+        let mut got = Vec::new();
+        until("the frame", || {
+            let mut bytes = vec![0; 70_000];
+            let result = rustix::net::recv(&driver.far, &mut *bytes, rustix::net::RecvFlags::DONTWAIT);
+            got = bytes;
+            result.is_ok_and(|(len, _)| len == VNET + 0xf000)
+        });
+        assert_eq!(u32::from(got[VNET + 0xefff]), index % 251);
+    }
+    until("the end", || driver.nic.0.lock().backlog == Backlog::None);
+    assert_eq!(driver.get(GPTC), sent);
+}
+
+#[test]
+fn paused_adapter_sends_when_it_goes_on() {
+    let driver = Driver::new();
+    driver.poke(BUFFERS, &ethernet([9; 6], 60));
+    driver.descriptor(TX, 0, data(BUFFERS, 60, 0, 9, 0));
+    driver.nic.pause();
+    driver.set(TDT, 1);
+    assert_eq!((driver.peek(TX + 12, 1)[0], driver.get(TDH)), (0, 0));
+    driver.start();
+    driver.nic.resume();
+    driver.set(TDT, 1);
+    until("sending", || driver.get(TDH) == 1);
+    assert_eq!(driver.received().len(), VNET + 60);
 }

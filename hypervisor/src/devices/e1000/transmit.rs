@@ -13,7 +13,7 @@ pub const VNET: usize = 12;
 pub const LONGEST: usize = 65_535 + 18;
 
 /// Descriptors taken at one go, so that a guest cannot hold the adapter for ever.
-const TURN: u32 = 4096;
+const TURN: u32 = 256;
 
 const CMD_EOP: u8 = 1;
 const CMD_IC: u8 = 1 << 2;
@@ -81,6 +81,20 @@ pub struct Turn {
     pub segmentations: u32,
     /// Frames that could not be described and were dropped.
     pub dropped: u32,
+    /// What is left to do.
+    pub backlog: Backlog,
+}
+
+/// What a turn left.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Backlog {
+    /// Nothing.
+    #[default]
+    None,
+    /// More descriptors than a turn takes.
+    More,
+    /// A frame that is not taken now: its receiver is congested.
+    Blocked,
 }
 
 /// The transmitter's state between descriptors.
@@ -88,10 +102,13 @@ pub struct Turn {
 pub struct Transmitter {
     context: Context,
     frame: Frame,
+    /// The frame is complete, and was not taken.
+    waiting: bool,
 }
 
 impl Transmitter {
-    /// Takes what the guest gave from `ring`; each frame goes to `send`, behind its virtio-net header.
+    /// Takes what the guest gave from `ring`; each frame goes to `send`, behind its virtio-net header. A frame that `send`
+    /// does not take (false) is kept for the next turn, and the ring is left alone until then.
     ///
     /// `tag` is the EtherType of tags to be put on, while the guest wants that.
     ///
@@ -102,10 +119,14 @@ impl Transmitter {
         memory: &GuestMemory,
         ring: &mut Ring,
         tag: Option<u16>,
-        send: &mut dyn FnMut(&[u8]),
+        send: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<Turn, E1000Fault> {
         let mut turn = Turn::default();
+        self.waiting = self.waiting && !send(&self.frame.bytes);
         for _ in 0..ring.available().min(TURN) {
+            if self.waiting {
+                break;
+            }
             let index = ring.head;
             let descriptor = ring.read(memory, index)?;
             let command = descriptor[11];
@@ -125,6 +146,11 @@ impl Transmitter {
             }
             ring.head = ring.next(index);
         }
+        turn.backlog = match self.waiting {
+            true => Backlog::Blocked,
+            false if ring.available() > 0 => Backlog::More,
+            false => Backlog::None,
+        };
         Ok(turn)
     }
 
@@ -155,7 +181,7 @@ impl Transmitter {
         read_buffer(memory, address, len, &mut frame.bytes)
     }
 
-    fn finish(&mut self, tag: Option<(u16, u16)>, turn: &mut Turn, send: &mut dyn FnMut(&[u8])) {
+    fn finish(&mut self, tag: Option<(u16, u16)>, turn: &mut Turn, send: &mut dyn FnMut(&[u8]) -> bool) {
         let context = self.context;
         let frame = &mut self.frame;
         frame.begun = false;
@@ -172,7 +198,7 @@ impl Transmitter {
         if let Some((kind, control)) = tag {
             insert_tag(&mut frame.bytes, kind, control);
         }
-        send(&frame.bytes);
+        self.waiting = !send(&frame.bytes);
     }
 }
 

@@ -9,7 +9,7 @@ use acpi_tables::{Aml, AmlSink};
 use super::{CONFIG_PORTS, SLOTS};
 
 /// First interrupt of the I/O APIC that slots use, and how many there are.
-const LINES: (u8, u8) = (16, 4);
+pub const LINES: (u8, u8) = (16, 4);
 
 /// The interrupt of pin A of a slot.
 pub fn line(slot: usize) -> u8 {

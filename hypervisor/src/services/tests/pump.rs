@@ -118,7 +118,7 @@ fn pump_with(memory: Option<(Limits, Arc<dyn Balloonable>)>) -> (Pump, Faults) {
     let seen = Arc::clone(&faults);
     let settings = Settings { offered: control::Services::default(), reference: Box::new(|| 77), memory };
     let report = move |name: &str, mistake: &Mistake| seen.lock().unwrap().push(format!("{name}: {mistake}"));
-    (Pump::start(Services::new(settings), Box::new(report)).unwrap(), faults)
+    (Pump::start(Services::new(settings), Box::new(report), || Ok(())).unwrap(), faults)
 }
 
 /// Asks for the report until it is as it should be.

@@ -6,7 +6,7 @@ use super::*;
 use crate::protocol::packet::{Lso, TxChecksum, TxChecksums, TxHeader};
 
 /// Lets the first guest do something, and returns why its adapter stopped. The other two go on meanwhile.
-fn fault_of(act: impl FnOnce(&mut Guest)) -> String {
+pub(super) fn fault_of(act: impl FnOnce(&mut Guest)) -> String {
     let (mut rig, mut one, mut two) = two(Config::default(), Config::default());
     let mut three = rig.guest(3, |_| (), Config::default()).unwrap();
     act(&mut one);
@@ -22,11 +22,11 @@ fn fault_of(act: impl FnOnce(&mut Guest)) -> String {
     reason
 }
 
-fn asked(transaction: u64) -> PacketHeader<'static> {
+pub(super) fn asked(transaction: u64) -> PacketHeader<'static> {
     PacketHeader { completion_requested: true, ..PacketHeader::in_band(transaction) }
 }
 
-fn announce(section: u32, bytes: u32) -> [u8; nvsp::MESSAGE_BYTES] {
+pub(super) fn announce(section: u32, bytes: u32) -> [u8; nvsp::MESSAGE_BYTES] {
     let fields =
         nvsp::RndisPacket { channel: nvsp::DATA.into(), section: section.into(), bytes: bytes.into() };
     nvsp::message(Kind::SendRndisPacket, &fields)
@@ -39,7 +39,7 @@ fn in_section(guest: &mut Guest, message: &[u8]) {
     assert!(guest.send_raw(0, &asked(1 << 32), &announce(0, used)).unwrap());
 }
 
-fn packet(header: &TxHeader, frame: &[u8]) -> Vec<u8> {
+pub(super) fn packet(header: &TxHeader, frame: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; 256];
     let len = header.write(&mut bytes, u32::try_from(frame.len()).unwrap()).unwrap();
     bytes.truncate(len);
@@ -164,6 +164,30 @@ fn guest_that_reads_nothing_loses_frames_and_stops_nobody() {
     let report = rig.fabric().report();
     let port = report.switches[0].ports.iter().find(|port| port.name == "nic2").unwrap();
     assert!(port.sent.drops[&vswitch::DropReason::QueueFull] > 0);
+}
+
+#[test]
+fn requests_of_a_guest_that_holds_all_sections_are_answered_when_it_gives_some_back() {
+    let (_rig, mut one, mut two) = two(Config::default(), Config { receive_pages: 16, ..Config::default() });
+    two.withhold(true).unwrap();
+    // An answer takes a section of those that frames may not have, and gives it back, to whom needs one next.
+    for round in 0..60u32 {
+        for _ in 0..5 {
+            one.send(&frame(2, 1, 1000), &Transmit::default()).unwrap();
+        }
+        one.flush();
+        one.wait("completions", |guest| (guest.outstanding == 0).then_some(())).unwrap();
+        two.carry(&rndis::access(rndis::Kind::Query, 1000 + round, Oid::GEN_LINK_SPEED, &[])).unwrap();
+        two.wait("completion", |guest| (guest.outstanding == 0).then_some(())).unwrap();
+    }
+    assert!(two.replies.len() < 60, "there is always a section, and nothing is tested");
+    two.withhold(false).unwrap();
+    two.wait("answers", |guest| (guest.replies.len() == 60).then_some(())).unwrap();
+    two.replies.clear();
+    two.received.clear();
+    one.send(&frame(2, 1, 77), &Transmit::default()).unwrap();
+    one.flush();
+    assert_eq!(next(&mut two, 1).frame.len(), 77);
 }
 
 #[test]

@@ -206,3 +206,54 @@ fn descriptor_that_changes_while_it_is_read_gives_a_whole_packet_or_a_fault() {
         stop.store(true, Ordering::Relaxed);
     });
 }
+
+/// A guest may name one page for everything: control pages and data of both rings. What is written then comes back as what
+/// was received, or is a fault; nothing else happens.
+#[test]
+fn rings_that_are_all_one_page_harm_nobody() {
+    let mapping = Arc::new(Mapping::memfd("guest", 2 << 12).unwrap().0);
+    let region = Region::new(0, 0, 2 << 12, mapping, 0).unwrap();
+    let memory = Arc::new(GuestMemory::new(vec![region], None).unwrap());
+    let pages = Pages::new(&memory, &[0; 8]).unwrap();
+    let (mut out, mut incoming) = both(&pages);
+    let mut buffer = PacketBuffer::new();
+    for round in 0..1000u32 {
+        let payload = [round.to_le_bytes()[0]; 200];
+        let wrote = out.write(&PacketHeader::in_band(round.into()), &[&payload]).is_ok();
+        out.publish();
+        let taken = incoming.next(&mut buffer).is_ok_and(|packet| packet.is_some());
+        incoming.commit();
+        incoming.arm();
+        if !wrote && !taken {
+            break;
+        }
+    }
+    assert_eq!(memory.segment(0x1000, 8).unwrap().read(), Some([0; 8]), "the other page is untouched");
+}
+
+/// Pages that the balloon took are zeroes again: an empty ring, or an index that went back.
+#[test]
+fn ring_whose_pages_went_to_the_balloon_is_empty_or_a_fault() {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let (mapping, fd) = Mapping::memfd("guest", 3 << 12).unwrap();
+    let region = Region::new(0, 0, 3 << 12, Arc::new(mapping), 0).unwrap();
+    let memory = Arc::new(GuestMemory::new(vec![region], None).unwrap());
+    let ring = Pages::new(&memory, &[0, 1, 2]).unwrap();
+    assert!(clear(&ring));
+    let (mut out, mut incoming) = both(&ring);
+    let mut buffer = PacketBuffer::new();
+    for _ in 0..3 {
+        out.write(&PacketHeader::in_band(0), &[&[0; 500]]).unwrap();
+        out.publish();
+    }
+    incoming.next(&mut buffer).unwrap().unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&fd, punch, 0, 3 << 12).unwrap();
+    // Two packets were seen to be there: their descriptors are all zero now.
+    assert!(matches!(incoming.next(&mut buffer), Err(RingFault::PacketLength { .. })));
+    let (_, mut anew) = both(&ring);
+    assert_eq!(anew.next(&mut buffer), Ok(None));
+    let faults = (0..20).map(|_| out.write(&PacketHeader::in_band(0), &[&[0; 500]]));
+    let refused = faults.filter(Result::is_err).collect::<Vec<_>>();
+    assert!(!refused.is_empty());
+}

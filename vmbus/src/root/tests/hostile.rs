@@ -316,3 +316,51 @@ fn reopening_that_waits_when_its_subchannel_is_rescinded_never_reaches_the_next_
     rig.root.closed(key(device, 1));
     assert_eq!(rig.heard(), ["offer 3.1"]);
 }
+
+/// Numbers are compared whole: one that becomes another when it is cut to 16 bits names nothing.
+#[test]
+fn numbers_whose_lower_half_is_right_name_nothing() {
+    let (mut rig, device) = Rig::offered(Version::V5_3);
+    rig.share(device, 1, 0x10);
+    for high in [0x1_0000, 0x8000_0000, 0xFFFF_0000] {
+        rig.say(&open_at(1 | high, 0x10, 4, 0)).unwrap();
+        rig.say(&open_at(1, 0x10 | high, 4, 0)).unwrap();
+        rig.say(&open_at(1, 0x10, 4 | high, 0)).unwrap();
+        rig.say(&open_at(1, 0x10, 4, high)).unwrap();
+        assert_eq!(
+            rig.heard(),
+            [&format!("opened {} no", 1 | high), "opened 1 no", "opened 1 no", "opened 1 no"]
+        );
+        for wrong in [close(1 | high), released(1 | high), teardown(1 | high, 0x10), teardown(1, 0x10 | high)]
+        {
+            assert!(rig.say(&wrong).is_err());
+        }
+        assert_eq!(
+            rig.say(&contact(Version::V5_3.to_wire(), high)),
+            Err(GuestError::NoProcessor(high)),
+            "contact"
+        );
+    }
+    assert!(rig.heard().is_empty());
+}
+
+#[test]
+fn ten_thousand_openings_and_gpadls_leave_nothing_behind() {
+    let (mut rig, device) = Rig::opened(Version::V5_3);
+    let before = rig.root.describe();
+    for round in 0..10_000u32 {
+        rig.say(&close(1)).unwrap();
+        rig.root.closed(key(device, 0));
+        let handle = 0x1000 + round;
+        rig.say(&gpadl(1, handle, 8, 8)).unwrap();
+        rig.root.gpadl_accepted(device, GpadlId(handle), round % 2 == 0);
+        if round % 2 == 0 {
+            rig.say(&teardown(1, handle)).unwrap();
+            rig.root.gpadl_released(device, GpadlId(handle));
+        }
+        rig.say(&open(1, 0x10)).unwrap();
+        rig.root.opened(key(device, 0), true);
+        rig.heard();
+    }
+    assert_eq!(Description { refusals: 0, ..rig.root.describe() }, before);
+}

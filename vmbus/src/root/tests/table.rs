@@ -22,6 +22,9 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("modify", modify(1, 2)),
         ("socket", encode(&TlConnectRequest { endpoint: Guid::ZERO, service: Guid::ZERO })),
         ("unload", encode(&Unload {})),
+        ("open subchannel", open(2, 0x50)),
+        ("close subchannel", close(2)),
+        ("released subchannel", released(2)),
         ("host's own", encode(&AllOffersDelivered {})),
         ("unknown", vec![25, 0, 0, 0, 0, 0, 0, 0]),
     ]
@@ -29,14 +32,17 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
 
 /// A root brought to the state of this name.
 fn state(name: &str) -> Rig {
-    let version = Version::V5_3;
+    state_in(Version::V5_3, name)
+}
+
+fn state_in(version: Version, name: &str) -> Rig {
     if name == "disconnected" {
         let mut rig = Rig::new(version);
         rig.root.offer(spec(1)).unwrap();
         return rig;
     }
     if name == "connected" {
-        let mut rig = state("disconnected");
+        let mut rig = state_in(version, "disconnected");
         rig.say(&contact(version.to_wire(), 0)).unwrap();
         rig.heard();
         return rig;
@@ -61,7 +67,9 @@ fn state(name: &str) -> Rig {
         "open" => opened(&mut rig),
         "modifying" => {
             opened(&mut rig);
-            rig.say(&modify(1, 3)).unwrap();
+            if version >= Version::V4_1 {
+                rig.say(&modify(1, 3)).unwrap();
+            }
         }
         "closing" => {
             opened(&mut rig);
@@ -89,6 +97,21 @@ fn state(name: &str) -> Rig {
             rig.root.gpadl_released(device, GpadlId(0x20));
         }
         "draining" => rig.say(&encode(&Unload {})).unwrap(),
+        "renewing" => {
+            opened(&mut rig);
+            rig.say(&contact(version.to_wire(), 0)).unwrap();
+        }
+        "subchannel open" => {
+            opened(&mut rig);
+            rig.root.offer_subchannels(device, 1).unwrap();
+            rig.share(device, 2, 0x50);
+            rig.say(&open(2, 0x50)).unwrap();
+            rig.root.opened(key(device, 1), true);
+        }
+        "subchannel rescinded" => {
+            rig = state_in(version, "subchannel open");
+            rig.say(&close(1)).unwrap();
+        }
         "reset" => rig.root.reset(),
         other => panic!("no state {other}"),
     }
@@ -126,7 +149,7 @@ fn mistake(error: &GuestError) -> &'static str {
     }
 }
 
-const STATES: [&str; 15] = [
+const STATES: [&str; 18] = [
     "disconnected",
     "connected",
     "closed",
@@ -142,6 +165,9 @@ const STATES: [&str; 15] = [
     "gone",
     "draining",
     "reset",
+    "renewing",
+    "subchannel open",
+    "subchannel rescinded",
 ];
 
 #[test]
@@ -158,4 +184,49 @@ fn every_message_in_every_state_has_its_outcome() {
         assert_eq!(actual, expected);
     }
     assert_eq!(actual.lines().count(), expected.lines().count());
+}
+
+/// What an older version changes: how redirections are answered, and that this guest's contact for 5.3 comes on the old
+/// connection id.
+#[test]
+fn older_versions_have_the_same_outcomes_but_for_redirection() {
+    for version in Version::ALL.into_iter().filter(|version| *version < Version::V5_3) {
+        for name in STATES {
+            for (message, bytes) in messages() {
+                let actual = outcome(&mut state_in(version, name), &bytes);
+                let expected = match (name, message) {
+                    ("disconnected", "contact") if version < Version::V5_0 => "version no".into(),
+                    ("open" | "subchannel open", "modify") if version >= Version::V4_1 => "MODIFY 0 2".into(),
+                    ("modifying", "modify") if version >= Version::V4_1 => "-".into(),
+                    ("disconnected" | "draining" | "reset" | "renewing", "modify") => "!not connected".into(),
+                    (_, "modify") if version < Version::V4_1 => "!version".into(),
+                    ("connected" | "gone" | "released open", "modify") => "!channel".into(),
+                    (_, "modify") => "!not open".into(),
+                    // No redirection is under way that would have to be answered.
+                    ("modifying", _) => outcome(&mut state("open"), &bytes),
+                    _ => outcome(&mut state(name), &bytes),
+                };
+                assert_eq!(actual, expected, "{version} {name}: {message}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reset_in_any_state_lets_everything_go_and_the_next_guest_in() {
+    for name in STATES {
+        let mut rig = state(name);
+        rig.root.reset();
+        rig.heard();
+        rig.root.unloaded();
+        let left = rig.root.describe();
+        assert_eq!(
+            (left.connection, left.gpadls, left.gpadl_pages),
+            (ConnectionStatus::Disconnected, 0, 0),
+            "{name}"
+        );
+        assert!(left.devices.iter().all(|device| device.channels.len() == 1), "{name}");
+        rig.say(&contact(Version::V5_3.to_wire(), 0)).unwrap();
+        assert_eq!(rig.heard(), ["version ok"], "{name}");
+    }
 }

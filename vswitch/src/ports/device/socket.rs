@@ -4,15 +4,24 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::net::sockopt;
 use vmq::frame::Accepts;
 use vmq::uring::{Link, Reader, Tuning, Writer};
 
 use super::{DeviceQueue, DeviceSink, DeviceSource};
 
+/// Frames on their way to the emulator, in bytes of kernel memory: as many as a network device of Linux queues (1000 of
+/// 1500 bytes). One large send of a guest is 44 of them, and what a burst does not find room for is lost.
+const QUEUED: usize = 4 << 20;
+
 /// A queue over `fd`, shown as `name`. The other side is given plain frames only; what it sends may ask for any offload.
 pub fn open(name: &str, fd: OwnedFd) -> DeviceQueue {
     // A frame that finds the socket full is dropped and counted; nobody waits for the emulator.
     let _ = rustix::io::ioctl_fionbio(&fd, true);
+    // Without the privilege to exceed the system's limit, up to that.
+    if sockopt::set_socket_send_buffer_size_force(&fd, QUEUED).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(&fd, QUEUED);
+    }
     let (name, fd): (Arc<str>, _) = (name.into(), Arc::new(fd));
     let reader = Reader::new(Arc::clone(&fd), Link::Socket, Tuning::default());
     let writer = Writer::new(fd, Link::Socket, Tuning::default());

@@ -1,9 +1,9 @@
-//! `cargo xtask demo`: the main job on real input, in about a minute.
+//! The switch: QEMU guests over vhost-user, namespaces over TAP and a replayed capture, all on one.
 
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use switchyard_tests::guest::{Guest, GuestSpec};
 use switchyard_tests::iperf::{Load, iperf};
 use switchyard_tests::lab::Lab;
@@ -14,28 +14,12 @@ use switchyard_tests::setup::{self, Need};
 use switchyard_tests::station::Station;
 use switchyard_tests::yardd::Yardd;
 
+use super::Scene;
 use crate::build;
-
-/// Options of `cargo xtask demo`.
-#[derive(Debug, clap::Args)]
-pub struct Options {
-    /// Where the capture is left.
-    #[arg(long, default_value = "demo.pcapng")]
-    capture: PathBuf,
-}
 
 /// What two programs said to each other (HTTP, ping, UDP), recorded between two namespaces, one file a side: replayed
 /// through two ports they talk again, through the switch.
 const REPLAYED: [&str; 2] = ["examples/talk-client.pcapng", "examples/talk-server.pcapng"];
-
-/// Prints what is being done, with the seconds since the start.
-struct Progress(Instant);
-
-impl Progress {
-    fn say(&self, what: impl std::fmt::Display) {
-        println!("[{:5.1} s] {what}", self.0.elapsed().as_secs_f32());
-    }
-}
 
 /// Everything that takes part. Dropping it ends it all.
 struct Stage {
@@ -43,21 +27,27 @@ struct Stage {
     stations: Vec<(Box<dyn Station>, &'static str)>,
 }
 
+/// Why this machine cannot show it, if it cannot.
+pub fn lacks() -> Option<String> {
+    setup::lacks(&[Need::Root, Need::Tap, Need::Namespaces])
+}
+
 /// Sets up what is needed, joins guests, namespaces and a capture to one switch, and shows traffic among them.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(scene: &Scene) -> Result<()> {
+    println!(
+        "\n== One switch: QEMU guests over vhost-user, network namespaces over TAP, a capture replayed ==\n"
+    );
     setup::ensure(&[setup::NETWORK, setup::GUESTS, setup::CAPTURES].concat())?;
-    if let Some(reason) = setup::lacks(&[Need::Root, Need::Tap, Need::Namespaces]) {
-        anyhow::bail!("the demo cannot run here: {reason}");
+    if let Some(reason) = lacks() {
+        bail!("the switch cannot be shown here: {reason}");
     }
-    let programs = build::release()?;
-    let progress = Progress(Instant::now());
     let lab = Lab::shared()?;
-    let capture = std::path::absolute(&options.capture)?;
-    let stage = set_up(&lab, &programs, &capture, &progress)?;
-    talk(&stage, &progress)?;
-    show(&stage, &progress)?;
+    let capture = scene.output.join("switch.pcapng");
+    let stage = set_up(&lab, &capture, scene)?;
+    talk(&stage, scene)?;
+    show(&stage, scene)?;
     drop(stage);
-    look_at_capture(&capture, &progress)
+    look_at_capture(&capture, scene)
 }
 
 fn config(lab: &Lab, capture: &Path) -> String {
@@ -88,18 +78,18 @@ pcap = {{ read = {server:?}, pace = "recorded" }}
     )
 }
 
-fn set_up(lab: &Lab, programs: &Path, capture: &Path, progress: &Progress) -> Result<Stage> {
-    progress.say("starting yardd with one private switch: two guests, two namespaces, a capture replayed");
+fn set_up(lab: &Lab, capture: &Path, scene: &Scene) -> Result<Stage> {
+    scene.say("starting yardd with one private switch: two guests, two namespaces, a capture replayed");
     let cpu = setup::processors() - 1;
-    let yardd = Yardd::start(lab, programs, &[cpu], &config(lab, capture))?;
-    progress.say("booting two Debian guests under QEMU (software CPU), virtio-net over vhost-user");
+    let yardd = Yardd::start(lab, &scene.programs, &[cpu], &config(lab, capture))?;
+    scene.say("booting two Debian guests under QEMU (software CPU), virtio-net over vhost-user");
     let boot = |name: &str, mac: &str| {
         let nic = Nic::vhost_user(lab.path(&format!("{name}.sock")), Role::Client, mac);
         Guest::boot(lab, &GuestSpec::new(name).with(nic))
     };
     let mut red = boot("red", "02:00:00:00:00:01")?;
     let mut blue = boot("blue", "02:00:00:00:00:02")?;
-    progress.say("two network namespaces get a TAP each");
+    scene.say("two network namespaces get a TAP each");
     let left = Netns::new(lab, "left")?;
     left.plug("yard-left", "10.9.0.3/24", None)?;
     let right = Netns::new(lab, "right")?;
@@ -107,7 +97,7 @@ fn set_up(lab: &Lab, programs: &Path, capture: &Path, progress: &Progress) -> Re
     for (guest, address) in [(&mut red, "10.9.0.1"), (&mut blue, "10.9.0.2")] {
         let took = guest.wait_ready(Duration::from_secs(120))?;
         guest.configure("eth0", &format!("{address}/24"))?;
-        progress.say(format!("guest {} is up after {:.1} s: {address}", guest.name(), took.as_secs_f32()));
+        scene.say(format!("guest {} is up after {:.1} s: {address}", guest.name(), took.as_secs_f32()));
     }
     let stations: Vec<(Box<dyn Station>, _)> = vec![
         (Box::new(red), "10.9.0.1"),
@@ -121,8 +111,8 @@ fn set_up(lab: &Lab, programs: &Path, capture: &Path, progress: &Progress) -> Re
 /// Names of the stations, in the order of [`Stage::stations`].
 const NAMES: [&str; 4] = ["guest red", "guest blue", "namespace left", "namespace right"];
 
-fn talk(stage: &Stage, progress: &Progress) -> Result<()> {
-    progress.say("everyone pings everyone");
+fn talk(stage: &Stage, scene: &Scene) -> Result<()> {
+    scene.say("everyone pings everyone");
     for (from, (station, _)) in stage.stations.iter().enumerate() {
         for (to, (_, address)) in stage.stations.iter().enumerate().filter(|(to, _)| *to != from) {
             let report =
@@ -137,7 +127,7 @@ fn talk(stage: &Stage, progress: &Progress) -> Result<()> {
         let tcp = iperf(server, client, address, Load::Tcp { streams: 1 }, 2)?;
         let load = Load::Udp { payload: 512, bits_per_second: 8_000_000 };
         let udp = iperf(server, client, address, load, 1)?;
-        progress.say(format!(
+        scene.say(format!(
             "{} -> {}: TCP {:.0} Mbit/s, UDP {:.0} packets/s with {} lost",
             NAMES[from],
             NAMES[to],
@@ -150,24 +140,22 @@ fn talk(stage: &Stage, progress: &Progress) -> Result<()> {
 }
 
 /// The live table while traffic runs, then the whole topology.
-fn show(stage: &Stage, progress: &Progress) -> Result<()> {
-    progress.say("ports and queues, live, while left sends to right:");
+fn show(stage: &Stage, scene: &Scene) -> Result<()> {
+    scene.say("ports and queues, live, while left sends to right:");
     let (left, right) = (stage.stations[2].0.as_ref(), stage.stations[3].0.as_ref());
     let _server = right.spawn("iperf3 -s -1 --forceflush")?;
     let _client = left.spawn("sleep 0.3; iperf3 -c 10.9.0.4 -t 4")?;
     let status = stage.yardd.yard_command(&["top", "--count", "4"]).status().context("yard top")?;
     ensure!(status.success(), "yard top failed");
-    progress.say("yard show:");
+    scene.say("yard show:");
     println!("{}", stage.yardd.yard(&["show"])?);
     Ok(())
 }
 
-fn look_at_capture(capture: &Path, progress: &Progress) -> Result<()> {
-    progress
-        .say(format!("what left through the client's replay port, read by tshark: {}", capture.display()));
+fn look_at_capture(capture: &Path, scene: &Scene) -> Result<()> {
+    scene.say(format!("what left through the client's replay port, read by tshark: {}", capture.display()));
     let mut tshark = switchyard_tests::process::command("tshark");
     tshark.arg("-r").arg(capture).args(["-q", "-z", "io,phs"]);
     println!("{}", switchyard_tests::process::output(&mut tshark)?);
-    progress.say("done; everything that was started is gone");
     Ok(())
 }
