@@ -27,8 +27,8 @@ const SHORT: Duration = Duration::from_secs(20);
 ///
 /// The software CPU (QEMU 7.2) loses a nested guest's state now and then, QEMU's own guests' as well: page tables are read
 /// where there is no memory, the guest triple-faults or never gets out of one instruction, or the nested host itself dies.
-/// On one processor of this machine, where the emulated ones take turns, that is rare. A test in which it is seen says nothing about us: it is made again, and skipped with a word if it never gets
-/// through. Any other failure counts.
+/// On one processor of this machine, where the emulated ones take turns, that is rare. A test in which it is seen says
+/// nothing about us: it is made again, and skipped with a word if it never gets through. Any other failure counts.
 pub fn scene(name: &str, config: &str, test: impl Fn(&Host, Yardd, &mut Steps) -> Result<()>) -> Result<()> {
     case::shared(name, &[], |lab| {
         for attempt in 1..=ATTEMPTS {
