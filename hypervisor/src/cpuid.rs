@@ -54,6 +54,7 @@ impl Cpuid {
         if let Some(baseline) = baseline {
             baseline::apply(baseline, &mut leaves)?;
         }
+        hide_virtualization(&mut leaves);
         let amd = leaves.iter().any(|leaf| leaf.function == 0 && leaf.ebx == AUTHENTIC_AMD);
         leaves.extend(microsoft(hyperv.as_slice(), address_bits(&leaves)));
         Ok(Self { leaves, processors, amd })
@@ -125,6 +126,20 @@ const DEADLINE_TIMER: u32 = 1 << 24;
 
 /// Leaf 1 ECX: there is a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
+
+/// A guest is no host: what KVM would lend it of VMX and SVM is neither paused nor moved with it.
+fn hide_virtualization(leaves: &mut Vec<kvm_cpuid_entry2>) {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    leaves.retain(|leaf| leaf.function != 0x8000_000a);
+    for leaf in leaves {
+        match leaf.function {
+            1 => leaf.ecx &= !VMX,
+            0x8000_0001 => leaf.ecx &= !SVM,
+            _ => {}
+        }
+    }
+}
 
 /// Physical address bits (leaf 0x80000008).
 fn address_bits(leaves: &[kvm_cpuid_entry2]) -> u32 {
@@ -223,6 +238,14 @@ mod tests {
         assert_eq!(features.ebx & ((1 << 1) | (1 << 12) | (1 << 20) | (1 << 22)), 0);
         assert_eq!(features.edx, 0x8_0500);
         assert_eq!((leaves[4].eax, leaves[4].ecx), (0x220, 40));
+    }
+
+    #[test]
+    fn virtualization_is_not_lent() {
+        let leaf = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
+        let mut leaves = vec![leaf(1, 0x2a), leaf(0x8000_0001, 0x107), leaf(0x8000_000a, 1)];
+        hide_virtualization(&mut leaves);
+        assert_eq!(leaves, [leaf(1, 0xa), leaf(0x8000_0001, 0x103)]);
     }
 
     #[test]

@@ -414,8 +414,10 @@ impl Nvsp {
 ///
 /// A section holds the longest header, the Ethernet header, up to two tags and the packet. With RSC the frame that it
 /// holds is a fragment of a larger one, so fewer and longer sections save headers and ranges; 4288 is four KiB and a
-/// header, and no multiple of a page, lest the headers of all sections share a cache set.
+/// header, and no multiple of a page, lest the headers of all sections share a cache set. Sections are never shorter than
+/// those of the usual MTU: each is something to keep books on, when a guest grants and revokes buffers all the time.
 pub fn receive_section_bytes(mtu: u16, rsc: bool) -> u32 {
+    let mtu = mtu.max(1500);
     let exact = (128 + ETHERNET_BYTES + 8 + u32::from(mtu)).next_multiple_of(8);
     if rsc { exact.max(4288) } else { exact }
 }

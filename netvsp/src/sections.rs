@@ -180,6 +180,11 @@ impl Sections {
         u32::try_from(self.words.len()).unwrap_or(MAX_SECTIONS)
     }
 
+    /// True if the guest has none of them.
+    pub(crate) fn are_back(&self) -> bool {
+        self.words.iter().all(|word| word.load(Ordering::Relaxed) == 0)
+    }
+
     /// What is kept outside the process.
     pub(crate) fn journal(&self) -> &Journal {
         &self.journal

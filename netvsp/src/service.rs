@@ -291,6 +291,13 @@ impl Session {
                     tracing::warn!(device, index, %error, "interrupt not moved");
                 }
             }
+            FromVmm::Quiesce { device } => {
+                if let Some((_, nic)) = self.nics().get(&device) {
+                    nic.quiesce();
+                }
+                // The second thread looks after it.
+                let _ = self.answers.send(Errand::Tick);
+            }
             FromVmm::Gone { device } => {
                 let gone = self.nics().remove(&device);
                 if let Some((_, nic)) = gone {

@@ -6,6 +6,7 @@
 //! A guest that breaks a ring or a protocol loses that one service, until it opens the channel again.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -135,14 +136,23 @@ impl Pump {
         self.ask(Ask::Command(command))
     }
 
-    /// Has a command carried out and waits for its answer, for a while that the service's limits bound.
+    /// Has a command carried out and waits for its answer, at most for `patience`. What comes later comes to nobody: a freeze
+    /// is undone then.
     ///
     /// # Errors
     /// The command's.
-    pub fn call<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, CommandError> {
+    pub fn call<T>(
+        &self,
+        patience: Duration,
+        command: impl FnOnce(Answer<T>) -> Command,
+    ) -> Result<T, CommandError> {
         let (answer, given) = Answer::channel();
         self.command(command(answer)).map_err(|_| CommandError::Closed)?;
-        given.recv().unwrap_or(Err(CommandError::Closed))
+        match given.recv_timeout(patience) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Disconnected) => Err(CommandError::Closed),
+            Err(RecvTimeoutError::Timeout) => Err(CommandError::NoAnswer { seconds: patience.as_secs() }),
+        }
     }
 
     /// The VM is paused: no time passes for its services.

@@ -143,6 +143,12 @@ impl Host {
                     self.root.gpadl_released(DeviceId(device), GpadlId(gpadl));
                 }
             }
+            FromSwitch::Quiet { device } => {
+                let nic = self.nics.get_mut(&DeviceId(device));
+                if nic.is_some_and(|nic| nic.quiet_by.take().is_some()) {
+                    self.root.withdraw(DeviceId(device));
+                }
+            }
             FromSwitch::OfferSubchannels { device, count } => {
                 if !draining && let Err(error) = self.root.offer_subchannels(DeviceId(device), count) {
                     tracing::warn!(%error, device, count, "subchannels cannot be offered");

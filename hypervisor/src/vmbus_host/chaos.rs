@@ -67,12 +67,13 @@ fn message(random: &mut Random) -> Vec<u8> {
 fn answer(random: &mut Random) -> FromSwitch {
     let (device, index, gpadl) = (random.below(6), random.one_of(&[0, 0, 1, 2, 9]), random.below(4));
     let ok = random.below(4) != 0;
-    match random.below(6) {
+    match random.below(7) {
         0 => FromSwitch::Opened { device, index, ok },
         1 => FromSwitch::Closed { device, index },
         2 => FromSwitch::GpadlAccepted { device, gpadl, ok },
         3 => FromSwitch::GpadlReleased { device, gpadl },
         4 => FromSwitch::OfferSubchannels { device, count: random.one_of(&[0, 1, 3, u16::MAX]) },
+        5 => FromSwitch::Quiet { device },
         _ => FromSwitch::Fault { device, reason: "a fault".into() },
     }
 }
@@ -92,6 +93,7 @@ fn connect(bench: &Bench, mut random: Random) -> Arc<SwitchConnection> {
                     FromSwitch::Opened { device, index, ok: random.below(8) != 0 }
                 }
                 FromVmm::Close { device, index } => FromSwitch::Closed { device, index },
+                FromVmm::Quiesce { device } => FromSwitch::Quiet { device },
                 _ => continue,
             };
             if served.send(&answer).is_err() {

@@ -32,6 +32,9 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_micros(200), Duration::
 /// A switch that has not let go of the guest's memory after this time is cut off.
 const LET_GO: Duration = Duration::from_secs(5);
 
+/// An adapter that the switch does not get quiet in this time is taken from the guest as it is.
+const QUIET: Duration = Duration::from_secs(4);
+
 /// Least time between looks at controllers that changed: each may have the switch change all channels of a processor.
 const RETARGET: Duration = Duration::from_millis(10);
 
@@ -124,7 +127,8 @@ impl Host {
         let posted = (!self.outbox.is_empty()).then_some(self.wait);
         let changed = (!self.changed.is_empty()).then(|| left(self.retarget));
         let more = (self.listens() && !self.inbox.is_empty()).then_some(Duration::ZERO);
-        [drained, posted, changed, more].into_iter().flatten().min()
+        let quiet = self.nics.values().filter_map(|device| device.quiet_by).min().map(left);
+        [drained, posted, changed, more, quiet].into_iter().flatten().min()
     }
 
     /// Messages of the guest are taken in.
@@ -164,6 +168,7 @@ impl Host {
     /// Does what there is to do. A guest that posts without end does not keep the thread from what others ask.
     fn work(&mut self) {
         self.follow_controllers();
+        self.withdraw_quiet(Instant::now());
         for turn in 0..=INBOX {
             self.act();
             self.deliver();
@@ -377,8 +382,22 @@ impl Host {
         let Some((&id, device)) = found else { return Err(format!("there is no adapter {name}")) };
         let (gone, told) = channel();
         (device.leaving, device.gone) = (true, Some(gone));
-        self.root.withdraw(id);
+        let open = device.channels.get(&0).is_some_and(|closing| !closing);
+        let now = Instant::now();
+        device.quiet_by = Some(if open { now + QUIET } else { now });
+        match &self.switch {
+            Some(link) if open => link.send(&FromVmm::Quiesce { device: id.0 }),
+            _ => self.withdraw_quiet(now),
+        }
         Ok(told)
+    }
+
+    /// Takes adapters from the guest whose time has come.
+    fn withdraw_quiet(&mut self, now: Instant) {
+        let due = |device: &mut Device| device.quiet_by.take_if(|by| *by <= now).is_some();
+        for id in self.nics.iter_mut().filter_map(|(&id, device)| due(device).then_some(id)) {
+            self.root.withdraw(id);
+        }
     }
 
     fn report(&self) -> Report {

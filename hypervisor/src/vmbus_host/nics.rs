@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use rustix::fs::SealFlags;
 use vmbus::guid::{Guid, interface};
@@ -24,6 +25,8 @@ pub(super) struct Device {
     served: bool,
     /// Taken out; waits for the guest to release it.
     pub leaving: bool,
+    /// To be taken out once the switch says that it is quiet, or at this time.
+    pub quiet_by: Option<Instant>,
     /// Dropped with it: whoever took it out may wait for that.
     pub gone: Option<Sender<()>>,
     pub fault: Option<String>,
@@ -48,6 +51,7 @@ impl Device {
             state,
             served: false,
             leaving: false,
+            quiet_by: None,
             gone: None,
             fault: None,
             channels: BTreeMap::new(),
@@ -73,6 +77,8 @@ impl Device {
 
     /// The switch is gone, and with it all it had.
     pub fn lost(&mut self) {
+        // Nobody else will say that it is quiet.
+        self.quiet_by = self.quiet_by.map(|_| Instant::now());
         self.channels.clear();
         self.resuming.clear();
         self.gpadls.clear();

@@ -265,6 +265,8 @@ fn adapters_come_and_go_while_the_guest_runs() {
 
     bench.vmbus.remove_nic("eth0").unwrap();
     assert!(bench.vmbus.report().unwrap().nics.is_empty());
+    assert!(matches!(next(&switch), FromVmm::Quiesce { .. }));
+    switch.send(&FromSwitch::Quiet { device }).unwrap();
     assert_eq!(bench.message(), (2, vec![relid]));
     assert!(matches!(next(&switch), FromVmm::Close { .. }));
     switch.send(&FromSwitch::Closed { device, index: 0 }).unwrap();
@@ -275,6 +277,28 @@ fn adapters_come_and_go_while_the_guest_runs() {
     bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
     assert!(matches!(next(&switch), FromVmm::Device { resumed: false, .. }));
     assert_eq!(bench.message().0, 1);
+}
+
+/// A guest may go on sending, and a switch may be killed.
+#[test]
+fn adapter_that_nobody_gets_quiet_is_taken_all_the_same() {
+    for killed in [true, false] {
+        let bench = Bench::new();
+        bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+        let switch = bench.connect();
+        let (device, _) = greeting(&switch);
+        next(&switch);
+        let (relid, _doorbell) = opened(&bench, &switch, device);
+        let told = bench.vmbus.remove_nic("eth0").unwrap();
+        assert!(matches!(next(&switch), FromVmm::Quiesce { .. }));
+        // Not it.
+        switch.send(&FromSwitch::Quiet { device: device + 1 }).unwrap();
+        bench.vmbus.report().unwrap();
+        assert_eq!(told.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
+        let kept = (!killed).then_some(switch);
+        assert_eq!(bench.message(), (2, vec![relid]));
+        drop(kept);
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::guest::Guest;
 use crate::vcpu::{Outcome, describe};
 
 /// How long a guest may take to release an adapter that is taken out: less than the daemon waits for the answer.
-const RELEASE: Duration = Duration::from_secs(10);
+const RELEASE: Duration = Duration::from_secs(12);
 
 /// Keeps one VM.
 #[derive(Debug)]
@@ -74,7 +74,17 @@ impl Keeper {
                 return;
             }
             Command::AddNic(nic) => self.guest.vmbus.add_nic(nic.clone()).map(|()| self.setup.nics.push(nic)),
-            Command::RemoveNic { name } => self.remove_nic(&name),
+            Command::RemoveNic { name } => match self.remove_nic(&name) {
+                // The daemon takes the port away after this, and a guest may wait for the end of all that it has sent.
+                Ok(gone) => {
+                    let released = move || {
+                        let _ = gone.recv_timeout(RELEASE);
+                        Ok(())
+                    };
+                    return self.waiting.wait(reply, released);
+                }
+                Err(error) => Err(error),
+            },
             Command::ConnectLegacy { name } => {
                 match fd.map(|fd| self.guest.partition.connect_legacy(&name, fd)) {
                     Some(true) => Ok(()),
@@ -150,17 +160,16 @@ impl Keeper {
         }
     }
 
-    fn remove_nic(&mut self, name: &str) -> Result<(), String> {
+    /// Takes an adapter from the guest. What comes back hangs up once the guest has released it.
+    fn remove_nic(&mut self, name: &str) -> Result<Receiver<()>, String> {
         if self.setup.nics.iter().any(|nic| nic.name == name && nic.kind == NicKind::Legacy) {
             return Err(format!(
                 "{name} is a legacy adapter, which cannot be unplugged from a running guest"
             ));
         }
         let gone = self.guest.vmbus.remove_nic(name)?;
-        // The daemon takes the port away after this, and a guest waits for the end of all that it has sent.
-        let _ = gone.recv_timeout(RELEASE);
         self.setup.nics.retain(|nic| nic.name != name);
-        Ok(())
+        Ok(gone)
     }
 
     /// What the guest brought about.

@@ -17,8 +17,9 @@ use vswitch::backend::{BackendFault, BackendPort, GuestRss};
 use vswitch::report::PortState;
 
 use super::NicError;
+use super::quiesce::{LOOK, Quiesce};
 use super::state::State;
-use crate::control::{Buffer, DataPath, Effect, Effects, NicConfig, Nvsp, Statistics};
+use crate::control::{Buffer, DataPath, Effect, Effects, NicConfig, Nvsp, PacketFilter, Statistics};
 use crate::queue::{Channel, Message, Path, QueueFault, ReceivePath, Request, SendPath, Sink, Source};
 use crate::receive::Form;
 use crate::sections::{MAX_SECTIONS, Sections};
@@ -65,6 +66,8 @@ struct Control {
     past: Statistics,
     /// A predecessor's channels are still being told.
     resuming: bool,
+    /// It is about to be taken from the guest.
+    quiesce: Option<Quiesce>,
     /// When the last pardon is forgotten, [`PARDON_AGES`] after the one before it.
     pardons: Nanos,
 }
@@ -109,6 +112,7 @@ impl Device {
                 path: Arc::default(),
                 past,
                 resuming: resumed,
+                quiesce: None,
                 pardons: 0,
             }),
             dirty: AtomicBool::new(false),
@@ -297,7 +301,16 @@ impl Device {
         control.save();
     }
 
-    /// Tells the guest what had to wait. How long until there is more, if there is.
+    /// The adapter will be taken from the guest: no frame for it any more, its cable is out, and the VMM is told once
+    /// nothing is under way.
+    pub(super) fn quiesce(&self) {
+        self.set_link(false);
+        let mut control = self.control();
+        control.quiesce.get_or_insert_default();
+        self.rebuild(&mut control);
+    }
+
+    /// Tells guest and VMM what had to wait. How long until there is more, if there is.
     pub(super) fn tick(&self) -> Option<Duration> {
         let mut control = self.control();
         let now = self.clock.now();
@@ -306,7 +319,18 @@ impl Device {
             self.carry_out(&mut control, effects, None);
             control.save();
         }
-        control.nvsp.next_tick().map(|due| Duration::from_nanos(due.saturating_sub(now)))
+        let due = control.nvsp.next_tick().map(|due| Duration::from_nanos(due.saturating_sub(now)));
+        if !control.quiesce.as_ref().is_some_and(Quiesce::goes_on) {
+            return due;
+        }
+        let quiet = (due.is_none() && control.is_read()) || self.faulted.load(Ordering::SeqCst);
+        let statistics = control.statistics();
+        let sent = statistics.out_frames.iter().sum::<u64>().wrapping_add(statistics.out_dropped);
+        if control.quiesce.as_mut().is_some_and(|quiesce| quiesce.look(quiet, sent)) {
+            (self.requests)(FromSwitch::Quiet { device: self.number });
+            return due;
+        }
+        Some(due.map_or(LOOK, |due| due.min(LOOK)))
     }
 
     pub(super) fn settings_changed(&self) {
@@ -447,6 +471,12 @@ impl Control {
         few
     }
 
+    /// The guest has read all that there is for it, and has given back all that it read.
+    fn is_read(&self) -> bool {
+        self.channels.values().all(|opened| opened.channel.is_read())
+            && self.sections.as_ref().is_none_or(|(_, sections)| sections.are_back())
+    }
+
     /// What the adapter has moved.
     fn statistics(&self) -> Statistics {
         let mut sum = self.past;
@@ -478,7 +508,7 @@ impl Control {
         self.sections = Some((wanted.gpadl, Arc::clone(&sections)));
         let form = Form {
             section_size: wanted.section_size,
-            filter: data.filter,
+            filter: if self.quiesce.is_none() { data.filter } else { PacketFilter::empty() },
             multicast: data.multicast.clone(),
             rsc: data.rsc,
             rss,

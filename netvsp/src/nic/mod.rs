@@ -5,6 +5,7 @@
 //! queue is plugged into the switch or out of it, since that waits for a worker, which may be waiting for the lock.
 
 mod device;
+mod quiesce;
 mod state;
 
 use std::os::fd::OwnedFd;
@@ -170,6 +171,11 @@ impl Nic {
     /// Plugs the cable in or out.
     pub fn set_link(&self, up: bool) {
         self.device.set_link(up);
+    }
+
+    /// The guest will lose the adapter: gets it quiet, and tells the VMM when it is.
+    pub fn quiesce(&self) {
+        self.device.quiesce();
     }
 
     /// Tells the guest of its link what had to wait. How long until there is more to tell, if there is.

@@ -387,6 +387,12 @@ impl Channel {
         self.half().outgoing.size() as usize
     }
 
+    /// True if the guest has read all that there is for it.
+    pub(crate) fn is_read(&self) -> bool {
+        let half = self.half();
+        half.pending.is_empty() && half.outgoing.is_read()
+    }
+
     /// Where the ring to the guest ends.
     pub(crate) fn position(&self) -> u32 {
         self.half().position.load(Ordering::Relaxed)

@@ -232,6 +232,31 @@ impl Vmm {
         Ok(self.connection.send(&FromVmm::Gone { device: DEVICE })?)
     }
 
+    /// Has the switch get the adapter quiet, as before a hot removal.
+    ///
+    /// # Errors
+    /// The switch is gone.
+    pub fn quiesce(&self) -> Result<(), VscError> {
+        Ok(self.connection.send(&FromVmm::Quiesce { device: DEVICE })?)
+    }
+
+    /// Waits until the switch says that the adapter is quiet.
+    ///
+    /// # Errors
+    /// The switch is gone, or the adapter faulted.
+    pub fn quiet(&mut self) -> Result<(), VscError> {
+        self.hear(|heard| matches!(heard, FromSwitch::Quiet { .. })).map(drop)
+    }
+
+    /// True if the switch has said something that nobody asked for yet.
+    #[cfg(test)]
+    pub fn is_told(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.connection, PollFlags::IN)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        !self.heard.is_empty() || poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
+    }
+
     /// How many subchannels the switch wants offered; waits for it.
     ///
     /// # Errors

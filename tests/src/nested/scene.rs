@@ -88,8 +88,12 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// Tries one, and says how long it took.
+    /// Tries one, and says how long it took. If the environment names steps (`SWITCHYARD_STEPS=hot`), only those with
+    /// that text in their names are.
     pub fn step(&mut self, name: &str, step: impl FnOnce() -> Result<()>) {
+        if std::env::var("SWITCHYARD_STEPS").is_ok_and(|wanted| !name.contains(&wanted)) {
+            return println!("   not asked for: {name}");
+        }
         let start = Instant::now();
         let outcome = step();
         println!("{:5.1} s  {name}", start.elapsed().as_secs_f64());

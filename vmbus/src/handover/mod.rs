@@ -126,6 +126,12 @@ pub enum FromVmm {
         /// How it is interrupted.
         target: InterruptTarget,
     },
+    /// The device is about to be taken from the guest. Answer: [`FromSwitch::Quiet`], once the guest neither sends nor has
+    /// anything under way; it may never come.
+    Quiesce {
+        /// Which.
+        device: u32,
+    },
     /// The device is no more, nor are its channels and GPADLs. No answer.
     Gone {
         /// Which.
@@ -169,6 +175,11 @@ pub enum FromSwitch {
         device: u32,
         /// The guest's handle.
         gpadl: u32,
+    },
+    /// Answers [`FromVmm::Quiesce`].
+    Quiet {
+        /// Which device.
+        device: u32,
     },
     /// The guest asked the device for subchannels; the VMM offers them.
     OfferSubchannels {

@@ -59,6 +59,7 @@ fn vmm_messages() -> Vec<FromVmm> {
         },
         FromVmm::Close { device: 3, index: 2 },
         FromVmm::Retarget { device: 3, index: 2, vp: 5, target: target() },
+        FromVmm::Quiesce { device: 3 },
         FromVmm::Gone { device: 3 },
         FromVmm::Ready,
     ]
@@ -73,6 +74,7 @@ fn switch_messages() -> Vec<FromSwitch> {
         FromSwitch::GpadlReleased { device: u32::MAX, gpadl: 1 },
         FromSwitch::OfferSubchannels { device: 3, count: 63 },
         FromSwitch::Fault { device: 3, reason: "ring of 1 pages".into() },
+        FromSwitch::Quiet { device: 3 },
     ]
 }
 
@@ -178,6 +180,7 @@ fn other_messages_have_these_starts_and_lengths() {
             (6, 2, 48),
             (7, 0, 24),
             (8, 1, 32),
+            (11, 0, 16),
             (9, 0, 16),
             (10, 0, 8)
         ]
@@ -187,7 +190,7 @@ fn other_messages_have_these_starts_and_lengths() {
         .map(|it| it.encode().unwrap().0)
         .map(|bytes| (bytes[0], bytes.len()))
         .collect();
-    assert_eq!(lens, [(0x81, 24), (0x82, 24), (0x83, 24), (0x84, 24), (0x85, 16), (0x86, 31)]);
+    assert_eq!(lens, [(0x81, 24), (0x82, 24), (0x83, 24), (0x84, 24), (0x85, 16), (0x86, 31), (0x87, 16)]);
 }
 
 fn decode(bytes: &[u8], fds: usize) -> Result<FromVmm, MessageError> {
@@ -258,7 +261,7 @@ fn counts_and_values_that_make_no_sense_are_refused() {
     let (mut bytes, _) = switch_messages()[4].encode().unwrap();
     bytes[14] = 1;
     assert_eq!(FromSwitch::decode(&bytes, vec![]), Err(MessageError::Value("subchannel count")));
-    for kind in [0u16, 11, 0x80, 0x81, 0xffff] {
+    for kind in [0u16, 12, 0x80, 0x81, 0xffff] {
         let header = [&kind.to_le_bytes()[..], &[0, 0, 8, 0, 0, 0]].concat();
         assert_eq!(decode(&header, 0).unwrap_err(), MessageError::Kind(kind));
     }

@@ -112,6 +112,7 @@ const CLOSE: u16 = 7;
 const RETARGET: u16 = 8;
 const GONE: u16 = 9;
 const READY: u16 = 10;
+const QUIESCE: u16 = 11;
 
 const OPENED: u16 = 0x81;
 const CLOSED: u16 = 0x82;
@@ -119,6 +120,7 @@ const GPADL_ACCEPTED: u16 = 0x83;
 const GPADL_RELEASED: u16 = 0x84;
 const OFFER_SUBCHANNELS: u16 = 0x85;
 const FAULT: u16 = 0x86;
+const QUIET: u16 = 0x87;
 
 /// Puts a message together: header, fixed part, and what follows it.
 fn message<'a>(
@@ -210,6 +212,7 @@ impl Message for FromVmm {
                 };
                 message(RETARGET, fixed.as_bytes(), &[], vec![target.eventfd.as_fd()])
             }
+            Self::Quiesce { device } => numbers(QUIESCE, *device, 0),
             Self::Gone { device } => numbers(GONE, *device, 0),
             Self::Ready => message(READY, &[], &[], vec![]),
         }
@@ -251,6 +254,10 @@ impl Message for FromVmm {
                 Ok(Self::Close { device: body.device.get(), index: body.index.get() })
             }
             RETARGET => parts.retarget(fds),
+            QUIESCE => {
+                no_fds(kind, fds)?;
+                Ok(Self::Quiesce { device: parts.whole::<Numbers>()?.first.get() })
+            }
             GONE => {
                 no_fds(kind, fds)?;
                 Ok(Self::Gone { device: parts.whole::<Numbers>()?.first.get() })
@@ -271,6 +278,7 @@ impl Message for FromSwitch {
             Self::Closed { device, index } => channel_ref(CLOSED, *device, *index, true),
             Self::GpadlAccepted { device, gpadl, ok } => gpadl_ref(GPADL_ACCEPTED, *device, *gpadl, *ok),
             Self::GpadlReleased { device, gpadl } => gpadl_ref(GPADL_RELEASED, *device, *gpadl, true),
+            Self::Quiet { device } => numbers(QUIET, *device, 0),
             Self::OfferSubchannels { device, count } => numbers(OFFER_SUBCHANNELS, *device, (*count).into()),
             Self::Fault { device, reason } => {
                 let value = count(reason.len(), MAX_TEXT, "reason length")?;
@@ -303,6 +311,7 @@ impl Message for FromSwitch {
                 let body = parts.whole::<GpadlRef>()?;
                 Ok(Self::GpadlReleased { device: body.device.get(), gpadl: body.gpadl.get() })
             }
+            QUIET => Ok(Self::Quiet { device: parts.whole::<Numbers>()?.first.get() }),
             OFFER_SUBCHANNELS => {
                 let body = parts.whole::<Numbers>()?;
                 let count =

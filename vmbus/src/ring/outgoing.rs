@@ -63,6 +63,11 @@ impl Outgoing {
         self.control.size
     }
 
+    /// True if the reader has taken everything that it was shown.
+    pub fn is_read(&self) -> bool {
+        self.control.read.load(Ordering::Acquire) == self.published
+    }
+
     /// True if an in-band packet or completion with `payload_len` bytes fits now.
     #[inline]
     pub fn room(&mut self, payload_len: usize) -> bool {

@@ -9,7 +9,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
@@ -18,12 +18,14 @@ use crate::os;
 
 pub(super) const ROUND: Duration = Duration::from_millis(100);
 
-/// Threads that are watched; further ones ring without.
-const THREADS: usize = 256;
+/// Threads that have a seat of their own as long as they live; further ones take a free one for each ring, or wait for it.
+const THREADS: usize = 1024;
 
 const IDLE: RawFd = -1;
 
 struct Seat {
+    /// A thread has it.
+    taken: AtomicBool,
     /// Descriptor that is being rung.
     fd: AtomicI32,
     /// Counts the rings, to tell one long one from two short ones.
@@ -34,30 +36,66 @@ struct Seat {
 
 static SEATS: [CachePadded<Seat>; THREADS] = [const {
     CachePadded::new(Seat {
+        taken: AtomicBool::new(false),
         fd: AtomicI32::new(IDLE),
         rings: AtomicU64::new(0),
         helped: AtomicBool::new(false),
     })
 }; THREADS];
 
-static TAKEN: AtomicUsize = AtomicUsize::new(0);
+/// A seat, until it is dropped.
+struct Claim(&'static Seat);
+
+impl Claim {
+    fn new() -> Option<Self> {
+        let free = |seat: &&CachePadded<Seat>| {
+            !seat.taken.load(Ordering::Relaxed) && !seat.taken.swap(true, Ordering::Acquire)
+        };
+        SEATS.iter().find(free).map(|seat| Self(seat))
+    }
+
+    /// For a thread that came too late to have one for good, or is about to end.
+    #[cold]
+    fn wait() -> Self {
+        loop {
+            match Self::new() {
+                Some(claim) => return claim,
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    /// Rings `fd` by calling `write`, watched. True if it had to be helped.
+    #[inline]
+    fn during(&self, fd: &OwnedFd, write: impl Fn()) -> bool {
+        let seat = self.0;
+        // Help that came too late for the ring before it is not for this one.
+        seat.helped.store(false, Ordering::Relaxed);
+        seat.rings.store(seat.rings.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        seat.fd.store(fd.as_raw_fd(), Ordering::Release);
+        write();
+        seat.fd.store(IDLE, Ordering::Release);
+        seat.helped.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.taken.store(false, Ordering::Release);
+    }
+}
 
 thread_local! {
-    static SEAT: usize = TAKEN.fetch_add(1, Ordering::Relaxed);
+    static SEAT: Option<Claim> = Claim::new();
 }
 
 /// Rings `fd` by calling `write`, watched. True if it had to be helped.
 #[inline]
-pub(super) fn during(fd: &OwnedFd, write: impl FnOnce()) -> bool {
-    let Some(seat) = SEAT.with(|&seat| SEATS.get(seat)) else {
-        write();
-        return false;
-    };
-    seat.rings.store(seat.rings.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
-    seat.fd.store(fd.as_raw_fd(), Ordering::Release);
-    write();
-    seat.fd.store(IDLE, Ordering::Release);
-    seat.helped.load(Ordering::Relaxed) && seat.helped.swap(false, Ordering::Relaxed)
+pub(super) fn during(fd: &OwnedFd, write: impl Fn()) -> bool {
+    match SEAT.try_with(|seat| seat.as_ref().map(|claim| claim.during(fd, &write))) {
+        Ok(Some(helped)) => helped,
+        Ok(None) | Err(_) => Claim::wait().during(fd, write),
+    }
 }
 
 /// Starts the watch, once per process.
@@ -75,8 +113,10 @@ fn run() {
     let mut seen = [(IDLE, 0); THREADS];
     loop {
         std::thread::sleep(ROUND);
-        let taken = TAKEN.load(Ordering::Relaxed).min(THREADS);
-        for (seat, seen) in SEATS.iter().zip(&mut seen).take(taken) {
+        for (seat, seen) in SEATS.iter().zip(&mut seen) {
+            if !seat.taken.load(Ordering::Relaxed) {
+                continue;
+            }
             let now = (seat.fd.load(Ordering::Acquire), seat.rings.load(Ordering::Relaxed));
             if now.0 != IDLE && now == *seen && os::counter_is_full(now.0) {
                 help(seat, now.0);
@@ -90,4 +130,28 @@ fn run() {
 fn help(seat: &Seat, fd: RawFd) {
     seat.helped.store(true, Ordering::Relaxed);
     os::empty_counter(fd);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seats_of_threads_that_ended_are_taken_again_and_without_one_a_ring_waits() {
+        let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        for _ in 0..2 * THREADS {
+            std::thread::scope(|scope| scope.spawn(|| assert!(SEAT.with(Option::is_some))).join().unwrap());
+        }
+        let mut all: Vec<Claim> = std::iter::from_fn(Claim::new).collect();
+        std::thread::scope(|scope| {
+            let late = scope.spawn(|| {
+                assert!(SEAT.with(Option::is_none));
+                during(&fd, || ())
+            });
+            std::thread::sleep(ROUND);
+            assert!(!late.is_finished());
+            all.clear();
+            assert!(!late.join().unwrap());
+        });
+    }
 }

@@ -16,6 +16,9 @@ use super::super::balloon::{Balloonable, Limits};
 use super::super::pump::{Pump, PumpError};
 use super::*;
 
+/// For an answer that comes.
+const LIMIT: Duration = Duration::from_secs(60);
+
 /// A guest's end of a channel.
 struct Line {
     memory: Arc<GuestMemory>,
@@ -148,11 +151,13 @@ fn guest_beats_is_shut_down_and_keeps_time_over_real_rings() {
         report.guest.services.iter().any(|service| *service == ("shutdown".into(), "3.2".into()))
     });
     std::thread::scope(|scope| {
-        let asked =
-            scope.spawn(|| pump.call(|answer| Command::Shutdown { kind: ShutdownKind::Reboot, answer }));
+        let asked = scope
+            .spawn(|| pump.call(LIMIT, |answer| Command::Shutdown { kind: ShutdownKind::Reboot, answer }));
         assert_eq!(stop.answer(|_| ())[36], 3);
         assert_eq!(asked.join().unwrap(), Ok(()));
     });
+    let late = pump.call(Duration::ZERO, |answer| Command::Shutdown { kind: ShutdownKind::Reboot, answer });
+    assert_eq!(late, Err(CommandError::NoAnswer { seconds: 0 }));
     let mut time = Line::open(&pump, instance::TIME_SYNC);
     time.answer(|_| unreachable!());
     let sync = time.answer(|_| ());
@@ -225,9 +230,9 @@ fn unknown_device_is_refused_and_commands_without_contact_are_answered() {
     let (pump, _) = pump();
     let line = Line::open(&pump, instance::KVP);
     assert_eq!(pump.open(Guid::ZERO, line.channel()), Err(PumpError::Unknown(Guid::ZERO)));
-    assert_eq!(pump.call(|answer| Command::KvpGetAll { answer }), Err(CommandError::NotReady));
-    assert_eq!(pump.call(|answer| Command::Thaw { answer }), Err(CommandError::NotFrozen));
-    let absent = pump.call(|answer| Command::SetMemory { bytes: 1 << 30, answer });
+    assert_eq!(pump.call(LIMIT, |answer| Command::KvpGetAll { answer }), Err(CommandError::NotReady));
+    assert_eq!(pump.call(LIMIT, |answer| Command::Thaw { answer }), Err(CommandError::NotFrozen));
+    let absent = pump.call(LIMIT, |answer| Command::SetMemory { bytes: 1 << 30, answer });
     assert_eq!(absent, Err(CommandError::Absent));
     assert_eq!(pump.devices().len(), 5);
 }

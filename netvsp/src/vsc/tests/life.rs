@@ -371,3 +371,35 @@ fn statistics_are_what_was_moved_over_restarts_and_successors() {
     }
     check(&mut one, &mut two);
 }
+
+#[test]
+fn adapter_is_quiet_once_its_guest_has_read_everything() {
+    let (rig, mut one, mut two) = two(Config::default(), Config::default());
+    let mut send = |count: usize| {
+        for _ in 0..count {
+            one.send(&frame(2, 1, 100), &Transmit::default()).unwrap();
+        }
+        one.flush();
+        while one.outstanding > 0 {
+            one.poll().unwrap();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    send(10);
+    two.vmm().quiesce().unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(!two.vmm().is_told(), "quiet with frames that are not read");
+    for _ in 0..10 {
+        next(&mut two, 1);
+    }
+    // Nothing new is given to it.
+    let before = drops(&rig, "nic2", DropReason::NotReady);
+    send(1);
+    while !two.vmm().is_told() {
+        two.poll().unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    two.vmm().quiet().unwrap();
+    assert_eq!(drops(&rig, "nic2", DropReason::NotReady), before + 1);
+    assert!(two.receive().is_none());
+}
