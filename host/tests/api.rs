@@ -448,6 +448,8 @@ fn vm_is_defined_run_changed_and_forgotten() {
     assert!(answer.head.contains("location: /v1/vms/web/nics/eth1"), "{}", answer.head);
     let answer = server.send("PATCH", "/v1/vms/web/nics/eth1", r#"{"mtu": 9000}"#);
     assert_eq!((answer.status, &answer.json()["nics"][1]["mtu"]), (200, &json!(9000)));
+    let answer = server.send("PATCH", "/v1/vms/web/nics/eth1", r#"{"link": "down"}"#);
+    assert_eq!((answer.status, &answer.json()["nics"][1]["link"]), (200, &json!("down")));
     assert_eq!(server.send("DELETE", "/v1/vms/web/nics/eth1", "").status, 204);
     assert_eq!(server.send("PUT", "/v1/vms/web/values/role", r#"{"value": "front"}"#).status, 204);
     let values = server.get("/v1/vms/web").json()["guest"]["values"].clone();

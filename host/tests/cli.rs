@@ -225,7 +225,7 @@ fn capture_ends_after_the_wanted_frames() {
     let (_, server) = start();
     let output = yard(&server.socket, &["capture", "--count", "2", "--drops", "-w", "-"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_eq!(text(&output.stderr), "2 frames captured\n");
+    assert_eq!(text(&output.stderr), "2 frames captured, 5 missed\n");
     assert_eq!(frames(&output.stdout), 2);
     let file = server.dir.path().join("out.pcapng");
     said(&server.socket, &["capture", "red", "--count", "1", "-w", file.to_str().unwrap()]);
@@ -355,6 +355,7 @@ fn vms_are_steered() {
         &["vm", "set", "web", "--memory", "96M", "--cpu-weight", "200", "--cpu-limit", "50"],
         &["vm", "nic", "add", "web", "eth0", "--switch", "lab", "--access", "10", "--mtu", "9000"],
         &["vm", "nic", "set", "web", "eth0", "--mtu", "1400", "--passthrough"],
+        &["vm", "nic", "set", "web", "eth0", "--link", "down"],
         &["vm", "nic", "remove", "web", "eth0"],
         &["vm", "value", "set", "web", "role", "front end"],
         &["vm", "value", "remove", "web", "role"],
@@ -394,6 +395,8 @@ fn exit_status_tells_failures_of_vms_apart() {
         (&["vm", "define", "a", "--kernel", "/k"], 2, "--memory"),
         (&["vm", "set", "web"], 2, "required"),
         (&["vm", "nic", "set", "web", "eth0"], 2, "required"),
+        (&["vm", "nic", "set", "web", "eth0", "--link", "off"], 2, "possible values: up, down"),
+        (&["vm", "nic", "set", "web", "eth0", "--mac", "02:00:00:00:00:07"], 1, "is running, expected off"),
         (&["vm", "console", "db"], 1, "VM `db` is off, so it has no console"),
         (&["vm", "start", "none"], 3, "there is no VM `none`"),
         (&["vm", "nic", "remove", "web", "none"], 3, "there is no adapter `none`"),

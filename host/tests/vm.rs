@@ -9,8 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use host::config::{nic_request, vm_request};
-use host::vm::spec::{VmChange, VmSpec};
+use host::config::{nic_change_request, nic_request, vm_request};
+use host::vm::spec::{LinkState, VmChange, VmSpec};
 use host::vm::{Manager, VmReport, VmState};
 use hypervisor::control::Command;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
@@ -270,7 +270,7 @@ fn adapters_come_go_and_change_while_the_vm_runs() {
     let legacy = nic(json!({ "name": "eth2", "switch": "lab", "type": "legacy" }));
     let late = vms.add_nic("web", legacy.clone()).unwrap_err().to_string();
     assert!(late.contains("a legacy adapter cannot be plugged in"), "{late}");
-    vms.change_nic("web", "eth1", host::config::change_request(json!({ "mtu": 9000 })).unwrap()).unwrap();
+    vms.change_nic("web", "eth1", nic_change_request(json!({ "mtu": 9000 })).unwrap()).unwrap();
     let report = vms.show("web").unwrap();
     assert_eq!(report.nics.iter().map(|nic| nic.mtu).collect::<Vec<_>>(), [1500, 9000]);
     vms.remove_nic("web", "eth0").unwrap();
@@ -291,6 +291,109 @@ fn adapters_come_go_and_change_while_the_vm_runs() {
     assert!(network.heard().contains(&"legacy web.eth2".to_owned()));
     let report = when(&vms, "web", |report| report.nics.iter().any(|nic| nic.connected));
     assert_eq!(report.nics.iter().map(|nic| nic.name.as_str()).collect::<Vec<_>>(), ["eth1", "eth2"]);
+}
+
+#[test]
+fn links_go_down_and_up_and_stay_so_for_a_later_manager() {
+    let (dir, network, vms) = start();
+    let nics = json!([
+        { "name": "eth0", "switch": "lab", "link": "down" },
+        { "name": "eth1", "switch": "lab", "type": "legacy", "link": "down" },
+        { "name": "eth2", "switch": "lab" },
+    ]);
+    vms.define(spec("web", json!({ "nic": nics }))).unwrap();
+    vms.start("web").unwrap();
+    let links = |vms: &Manager| vms.show("web").unwrap().nics.iter().map(|nic| nic.link).collect::<Vec<_>>();
+    let told = |vms: &Manager| {
+        let values = vms.show("web").unwrap().guest.values;
+        values.into_iter().filter(|(key, _)| key == "link eth1").map(|(_, up)| up).collect::<Vec<_>>()
+    };
+    let (up, down) = (LinkState::Up, LinkState::Down);
+    assert_eq!((links(&vms), told(&vms)), (vec![down, down, up], vec!["false".into()]));
+    let set = |vms: &Manager, nic: &str, link: &str| {
+        vms.change_nic("web", nic, nic_change_request(json!({ "link": link })).unwrap()).unwrap();
+    };
+    set(&vms, "eth0", "up");
+    set(&vms, "eth1", "up");
+    set(&vms, "eth2", "down");
+    let heard = network.heard().into_iter().filter(|said| said.starts_with("link")).collect::<Vec<_>>();
+    assert_eq!(heard, ["link web.eth0 down", "link web.eth0 up", "link web.eth2 down"]);
+    assert_eq!((links(&vms), told(&vms)), (vec![up, up, down], vec!["false".into(), "true".into()]));
+    vms.end();
+    drop(vms);
+
+    let network = Arc::new(FakeNetwork::default());
+    let vms = manager(dir.path(), Arc::clone(&network));
+    let _broom = Broom(&vms);
+    assert!(vms.begin(Vec::new()).is_empty());
+    when_state(&vms, "web", VmState::Running);
+    assert_eq!(links(&vms), [up, up, down]);
+    assert!(network.heard().contains(&"link web.eth2 down".to_owned()));
+}
+
+#[test]
+fn address_of_an_adapter_changes_while_the_vm_is_off() {
+    let (_dir, network, vms) = start();
+    let _broom = Broom(&vms);
+    let nics = json!([{ "name": "eth0", "switch": "lab" }, { "name": "eth1", "switch": "lab" }]);
+    vms.define(spec("web", json!({ "nic": nics }))).unwrap();
+    let set = |mac: &str| {
+        let change = nic_change_request(json!({ "mac": mac, "mtu": 9000 })).unwrap();
+        vms.change_nic("web", "eth1", change)
+    };
+    let (first, second) = ("02:00:00:00:00:07", "02:00:00:00:00:08");
+    network.heard();
+    set(first).unwrap();
+    assert_eq!(network.heard(), ["unplug web.eth1", "plug web.eth1"]);
+    let nics = vms.show("web").unwrap().nics;
+    assert_eq!((nics[1].mac.as_str(), nics[1].mtu), (first, 9000));
+    let taken = set(&nics[0].mac).unwrap_err().to_string();
+    assert!(taken.contains("is the address of eth0 already"), "{taken}");
+    vms.start("web").unwrap();
+    set(first).unwrap();
+    let refused = set(second).unwrap_err().to_string();
+    assert!(refused.contains("VM `web` is running, expected off: drivers ask"), "{refused}");
+    assert_eq!(vms.show("web").unwrap().nics[1].mac, first);
+    vms.stop("web").unwrap();
+    set(second).unwrap();
+    assert_eq!(vms.show("web").unwrap().nics[1].mac, second);
+}
+
+#[test]
+fn vm_whose_supervisor_does_not_answer_is_listed_as_unknown() {
+    let (_dir, network, vms) = start();
+    vms.define(spec("stuck", json!({}))).unwrap();
+    vms.define(spec("web", json!({}))).unwrap();
+    let slow = network.slow.lock().unwrap();
+    std::thread::scope(|scope| {
+        let change = nic_change_request(json!({ "mtu": 9000 })).unwrap();
+        scope.spawn(|| vms.change_nic("stuck", "eth0", change).unwrap());
+        // The order is on its way before the question is.
+        let list = loop {
+            let list = vms.list();
+            if list[0].state != VmState::Off {
+                break list;
+            }
+        };
+        let states: Vec<_> = list.iter().map(|report| (report.name.as_str(), report.state)).collect();
+        assert_eq!(states, [("stuck", VmState::Unknown), ("web", VmState::Off)]);
+        assert!(list[0].warnings[0].contains("its supervisor does not answer"), "{:?}", list[0].warnings);
+        drop(slow);
+    });
+    assert_eq!(vms.list()[0].nics[0].mtu, 9000);
+}
+
+#[test]
+fn shutdown_that_the_worker_refused_does_not_count_as_wanted() {
+    let (_dir, _, vms) = start();
+    let _broom = Broom(&vms);
+    vms.define(spec("web", json!({ "restart": "always" }))).unwrap();
+    vms.start("web").unwrap();
+    vms.command("web", value("stubborn")).unwrap();
+    let refused = vms.command("web", Command::Shutdown { reboot: false }).unwrap_err();
+    assert_eq!(refused.to_string(), "the guest is busy");
+    vms.command("web", value("off")).unwrap();
+    when(&vms, "web", |report| report.restarts == 1 && report.state == VmState::Running);
 }
 
 #[test]

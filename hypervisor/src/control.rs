@@ -72,8 +72,10 @@ pub struct Memory {
     pub huge: bool,
 }
 
-/// A processor that many hosts can present, so that a VM can move between unlike ones.
+/// A processor that many hosts can present, so that a VM can move between unlike ones: a level of the x86-64 psABI, or a
+/// model with its maker, family and features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Baseline {
     /// SSE4.2, POPCNT (about 2009).
     #[serde(rename = "x86-64-v2")]
@@ -84,6 +86,41 @@ pub enum Baseline {
     /// AVX-512 F, BW, CD, DQ, VL (about 2017).
     #[serde(rename = "x86-64-v4")]
     V4,
+    /// Intel Xeon 5500 (2009).
+    Nehalem,
+    /// Intel Xeon E5 v3 (2014), without TSX.
+    Haswell,
+    /// Intel Xeon Scalable (2017), without TSX and MPX.
+    SkylakeServer,
+    /// Intel Xeon Scalable, third generation (2021), without TSX.
+    IcelakeServer,
+    /// AMD EPYC 7001 (2017).
+    Epyc,
+    /// AMD EPYC 7002 (2019).
+    EpycRome,
+    /// AMD EPYC 7003 (2021).
+    EpycMilan,
+}
+
+impl Baseline {
+    /// Each with its name.
+    pub const NAMED: &[(&str, Self)] = &[
+        ("x86-64-v2", Self::V2),
+        ("x86-64-v3", Self::V3),
+        ("x86-64-v4", Self::V4),
+        ("nehalem", Self::Nehalem),
+        ("haswell", Self::Haswell),
+        ("skylake-server", Self::SkylakeServer),
+        ("icelake-server", Self::IcelakeServer),
+        ("epyc", Self::Epyc),
+        ("epyc-rome", Self::EpycRome),
+        ("epyc-milan", Self::EpycMilan),
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::NAMED.iter().find(|(_, named)| *named == self).map_or("", |(name, _)| name)
+    }
 }
 
 /// A network adapter of a VM.
@@ -177,6 +214,13 @@ pub enum Command {
     ConnectLegacy {
         /// Adapter.
         name: String,
+    },
+    /// Takes the link of a legacy adapter down or up; that of a synthetic one is the switch's.
+    SetLink {
+        /// Adapter.
+        name: String,
+        /// Up.
+        up: bool,
     },
     /// Moves the guest's memory towards this many bytes (dynamic memory).
     SetMemory {
@@ -361,4 +405,16 @@ pub struct MemoryStatus {
     pub committed: u64,
     /// Bytes free in the guest.
     pub available: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn baselines_are_written_by_their_names() {
+        for &(name, baseline) in Baseline::NAMED {
+            assert_eq!((baseline.name(), serde_json::json!(baseline)), (name, name.into()));
+        }
+    }
 }

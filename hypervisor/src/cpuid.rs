@@ -8,7 +8,7 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::control::Baseline;
-use crate::kvm::{Host, KvmError};
+use crate::kvm::{Host, KvmError, virtualizes_apic};
 
 mod baseline;
 
@@ -56,7 +56,7 @@ impl Cpuid {
         }
         hide_virtualization(&mut leaves);
         let amd = leaves.iter().any(|leaf| leaf.function == 0 && leaf.ebx == AUTHENTIC_AMD);
-        leaves.extend(microsoft(hyperv.as_slice(), address_bits(&leaves)));
+        leaves.extend(microsoft(hyperv.as_slice(), address_bits(&leaves), !virtualizes_apic()));
         Ok(Self { leaves, processors, amd })
     }
 
@@ -151,6 +151,9 @@ fn address_bits(leaves: &[kvm_cpuid_entry2]) -> u32 {
 const PRIVILEGES: u32 =
     (1 << 1) | (1 << 2) | (1 << 3) | (1 << 5) | (1 << 6) | (1 << 9) | (1 << 11) | (1 << 15);
 
+/// Privileges (EAX): end of interrupt in the assist page or by MSR, and the rest of the local APIC by MSR.
+const APIC_ACCESS: u32 = 1 << 4;
+
 /// Privileges, high half (EBX): post messages, signal events.
 const PRIVILEGES_HIGH: u32 = (1 << 4) | (1 << 5);
 
@@ -161,8 +164,12 @@ const FEATURES: u32 = (1 << 8) | (1 << 10) | (1 << 19);
 /// virtualization off).
 const HINTS: u32 = (1 << 5) | (1 << 9);
 
+/// Hint: end interrupts in the assist page. That saves an exit for nearly each interrupt where the processor does not
+/// virtualize the APIC, and costs one where it does.
+const LAZY_END: u32 = 1 << 3;
+
 /// The leaves from 0x40000000, as far as KVM (`supported`) can keep what they promise.
-fn microsoft(supported: &[kvm_cpuid_entry2], address_bits: u32) -> Vec<kvm_cpuid_entry2> {
+fn microsoft(supported: &[kvm_cpuid_entry2], address_bits: u32, lazy_end: bool) -> Vec<kvm_cpuid_entry2> {
     let known =
         |function: u32| supported.iter().find(|leaf| leaf.function == function).copied().unwrap_or_default();
     let leaf = |function: u32, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
@@ -175,6 +182,8 @@ fn microsoft(supported: &[kvm_cpuid_entry2], address_bits: u32) -> Vec<kvm_cpuid
     };
     let text = |text: &[u8; 4]| u32::from_le_bytes(*text);
     let features = known(0x4000_0003);
+    let apic_access = if lazy_end { features.eax & APIC_ACCESS } else { 0 };
+    let hints = if apic_access == 0 { HINTS } else { HINTS | LAZY_END };
     let mut leaves = vec![
         leaf(0x4000_0000, [0x4000_0005, text(b"Micr"), text(b"osof"), text(b"t Hv")]),
         leaf(0x4000_0001, [text(b"Hv#1"), 0, 0, 0]),
@@ -182,10 +191,15 @@ fn microsoft(supported: &[kvm_cpuid_entry2], address_bits: u32) -> Vec<kvm_cpuid
         leaf(0x4000_0002, [20348, 10 << 16, 0, 0]),
         leaf(
             0x4000_0003,
-            [features.eax & PRIVILEGES, features.ebx & PRIVILEGES_HIGH, 0, features.edx & FEATURES],
+            [
+                features.eax & PRIVILEGES | apic_access,
+                features.ebx & PRIVILEGES_HIGH,
+                0,
+                features.edx & FEATURES,
+            ],
         ),
         // Never tell the hypervisor of long spins.
-        leaf(0x4000_0004, [HINTS, u32::MAX, address_bits, 0]),
+        leaf(0x4000_0004, [hints, u32::MAX, address_bits, 0]),
         leaf(0x4000_0005, [crate::control::MAX_VCPUS, crate::control::MAX_VCPUS, 0, 0]),
     ];
     // Leaves that guests read beyond the highest: on Intel, leaves that are not there would show another one's contents.
@@ -229,7 +243,7 @@ mod tests {
 
     #[test]
     fn guest_sees_hyper_v_and_no_privilege_that_breaks_linux() {
-        let leaves = microsoft(&all_supported(), 40);
+        let leaves = microsoft(&all_supported(), 40, false);
         let signature = leaves[0];
         assert_eq!((signature.ebx, signature.ecx, signature.edx), (0x7263_694d, 0x666f_736f, 0x7648_2074));
         assert_eq!(leaves[1].eax, 0x3123_7648);
@@ -238,6 +252,19 @@ mod tests {
         assert_eq!(features.ebx & ((1 << 1) | (1 << 12) | (1 << 20) | (1 << 22)), 0);
         assert_eq!(features.edx, 0x8_0500);
         assert_eq!((leaves[4].eax, leaves[4].ecx), (0x220, 40));
+    }
+
+    #[test]
+    fn interrupts_end_lazily_only_where_it_saves_an_exit_and_kvm_can() {
+        let shown = |supported: &[kvm_cpuid_entry2], lazy_end| {
+            let leaves = microsoft(supported, 40, lazy_end);
+            (leaves[3].eax & APIC_ACCESS, leaves[4].eax)
+        };
+        assert_eq!(shown(&all_supported(), true), (APIC_ACCESS, 0x228));
+        assert_eq!(shown(&all_supported(), false), (0, 0x220));
+        let mut old = all_supported();
+        old[3].eax &= !APIC_ACCESS;
+        assert_eq!(shown(&old, true), (0, 0x220));
     }
 
     #[test]
@@ -253,7 +280,7 @@ mod tests {
         let mut supported = all_supported();
         supported[3].eax &= !(1 << 15);
         supported[3].edx = 0;
-        let leaves = microsoft(&supported, 40);
+        let leaves = microsoft(&supported, 40, false);
         assert_eq!((leaves[3].eax, leaves[3].edx), (0xa6e, 0));
     }
 

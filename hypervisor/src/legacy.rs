@@ -284,6 +284,12 @@ impl Legacy {
         adapter.map(|adapter| adapter.device.connect(cable)).is_some()
     }
 
+    /// Takes the link of adapter `name` down or up; false if there is none of that name.
+    pub fn set_link(&self, name: &str, up: bool) -> bool {
+        let adapter = self.adapters.iter().find(|adapter| adapter.name == name);
+        adapter.map(|adapter| adapter.device.set_link(up)).is_some()
+    }
+
     /// What each is doing.
     pub fn status(&self) -> Vec<LegacyStatus> {
         let status = |Adapter { name, device, .. }: &Adapter| LegacyStatus {

@@ -268,6 +268,11 @@ impl Partition {
         self.legacy.connect(name, socket)
     }
 
+    /// Takes the link of the emulated adapter `name` down or up. False if there is no such adapter.
+    pub fn set_legacy_link(&self, name: &str, up: bool) -> bool {
+        self.legacy.set_link(name, up)
+    }
+
     /// Its emulated adapters.
     pub fn legacy(&self) -> Vec<LegacyStatus> {
         self.legacy.status()

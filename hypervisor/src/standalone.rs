@@ -41,7 +41,7 @@ pub struct Options {
     /// Virtual processors
     #[arg(long, default_value_t = 1)]
     pub vcpus: u32,
-    /// Processor that the guest sees: x86-64-v2, x86-64-v3 or x86-64-v4; all the host has if not given
+    /// Processor that the guest sees, such as x86-64-v2 or haswell; all the host has if not given
     #[arg(long, value_parser = parse_baseline)]
     pub baseline: Option<Baseline>,
     /// Kernel command line
@@ -83,12 +83,9 @@ fn parse_mac(text: &str) -> Result<Mac, String> {
 }
 
 fn parse_baseline(text: &str) -> Result<Baseline, String> {
-    match text {
-        "x86-64-v2" => Ok(Baseline::V2),
-        "x86-64-v3" => Ok(Baseline::V3),
-        "x86-64-v4" => Ok(Baseline::V4),
-        _ => Err("x86-64-v2, x86-64-v3 or x86-64-v4 is expected".into()),
-    }
+    let found = Baseline::NAMED.iter().find(|(name, _)| *name == text);
+    let names = || Baseline::NAMED.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    found.map(|(_, baseline)| *baseline).ok_or_else(|| format!("one of {} is expected", names()))
 }
 
 /// Runs a guest to its end.

@@ -42,6 +42,7 @@ const CASES: &[Case] = &[
     ("socket_ends_the_process", || in_class(Class::Control, make_socket), Killed),
     ("program_ends_the_process", || in_class(Class::Control, start_program), Killed),
     ("signal_to_another_process_ends_the_process", || in_class(Class::Control, signal_parent), Killed),
+    ("affinity_of_another_process_ends_the_process", || in_class(Class::Control, move_parent), Killed),
     ("executable_memory_ends_the_process", || in_class(Class::Control, map_code), Killed),
     ("executable_memory_in_a_processors_thread_ends_the_process", || in_class(Class::Vcpu, map_code), Killed),
     ("plain_memory_is_there_for_all", || in_class(Class::Vcpu, map_data), Well),
@@ -186,6 +187,11 @@ fn start_program() {
 fn signal_parent() {
     let parent = rustix::process::getppid().expect("a parent");
     let _ = rustix::process::test_kill_process(parent);
+}
+
+fn move_parent() {
+    let parent = rustix::process::getppid();
+    let _ = sched_setaffinity(parent, &CpuSet::new());
 }
 
 fn map(protection: i32) -> bool {

@@ -240,6 +240,8 @@ pub struct Nvsp {
     link: Link,
     statistics: Statistics,
     state: State,
+    /// What of it is kept for a successor.
+    kept: Option<(State, Mac, bool)>,
 }
 
 impl Nvsp {
@@ -248,7 +250,8 @@ impl Nvsp {
         config.queues = config.queues.clamp(1, MAX_QUEUES);
         config.mtu = config.mtu.max(MIN_MTU);
         let link = Link::new(config.link_mbps);
-        Self { mac: config.mac, link, statistics: Statistics::default(), state: State::Closed, config }
+        let statistics = Statistics::default();
+        Self { mac: config.mac, link, statistics, state: State::Closed, kept: None, config }
     }
 
     /// The host's decisions, as they stand.
@@ -335,6 +338,7 @@ impl Nvsp {
             let changed = self.state.session_mut().is_some_and(|session| session.subchannel_closed(index));
             return if changed { vec![Effect::DataPathChanged] } else { Effects::new() };
         }
+        self.kept = None;
         let State::Agreed(session) = std::mem::replace(&mut self.state, State::Closed) else {
             return Effects::new();
         };
@@ -400,6 +404,11 @@ impl Nvsp {
             Some(message) => vec![Effect::Indicate(message)],
             None => Effects::new(),
         }
+    }
+
+    /// Whether the cable is in.
+    pub fn link_is_up(&self) -> bool {
+        self.link.is_up()
     }
 
     /// When [`Nvsp::tick`] has something to say, if it has.

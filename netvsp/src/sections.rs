@@ -226,16 +226,21 @@ impl Sections {
     }
 
     /// The sections of `chain`, which came from a stock, are about to be shown to the guest in one packet on `channel`.
-    /// Its transaction id is the first section's number.
+    /// Its transaction id is the first section's number. It cannot be completed before it is [`Sections::written`].
     pub(crate) fn occupy(&self, channel: u16, chain: &[u32]) {
         let nexts = chain.iter().skip(1).copied().chain(std::iter::once(LAST));
-        let mut flag = FIRST;
+        let mut flag = FIRST | UNPUBLISHED;
         for (&section, next) in chain.iter().zip(nexts) {
             let value = word(channel, next) | flag;
             self.store(section, value);
-            self.journal.set(section, if flag == FIRST { value | UNPUBLISHED } else { value });
+            self.journal.set(section, value);
             flag = 0;
         }
+    }
+
+    /// The packet of transaction `first` will be shown to the guest.
+    pub(crate) fn written(&self, first: u32) {
+        self.store(first, self.load(first) & !UNPUBLISHED);
     }
 
     /// The guest sees the packet of transaction `first` now.
@@ -266,7 +271,7 @@ impl Sections {
         let mut section = u32::try_from(transaction).map_err(|_| wrong)?;
         let head = self.words.get(section as usize).ok_or(wrong)?.load(Ordering::Relaxed);
         let mine = head >> CHANNEL_SHIFT & CHANNEL_MASK == u32::from(channel) & CHANNEL_MASK;
-        if head & (BUSY | FIRST) != BUSY | FIRST || !mine {
+        if head & (BUSY | FIRST | UNPUBLISHED) != BUSY | FIRST || !mine {
             return Err(wrong);
         }
         for _ in 0..MAX_CHAIN {
@@ -339,6 +344,7 @@ mod tests {
         let at = stock.len() - count;
         let chain: Vec<u32> = stock.drain(at..).collect();
         sections.occupy(channel, &chain);
+        sections.written(chain[0]);
         chain
     }
 
@@ -357,6 +363,21 @@ mod tests {
         assert!(sections.finish(3, transaction, &mut back).is_err(), "completed twice");
         sections.release(&mut back, &mut stock);
         sections.release_channel(3, &mut stock);
+        assert_eq!(sections.pooled(), 100);
+    }
+
+    #[test]
+    fn completion_guessed_before_its_packet_is_written_frees_nothing_twice() {
+        let sections = Sections::new(100, journal());
+        let (mut stock, mut back) = (Vec::new(), Vec::new());
+        assert!(sections.fill(&mut stock, 3));
+        let chain: Vec<u32> = stock.drain(..3).collect();
+        sections.occupy(1, &chain);
+        // The ring may be full yet: then the sections are back in stock.
+        assert!(sections.finish(1, chain[0].into(), &mut back).is_err());
+        sections.withdraw(&chain, &mut stock);
+        sections.release(&mut back, &mut stock);
+        sections.release_channel(1, &mut stock);
         assert_eq!(sections.pooled(), 100);
     }
 

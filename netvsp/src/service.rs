@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -79,6 +80,8 @@ pub struct Link {
     connection: Arc<SwitchConnection>,
     nics: Nics,
     answers: Option<SyncSender<Errand>>,
+    /// Nothing the VMM says is acted on, and nothing answered.
+    ending: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -102,6 +105,7 @@ impl Link {
             connection: Arc::clone(&connection),
             nics: Arc::clone(&nics),
             answers: None,
+            ending: Arc::default(),
             thread: None,
         };
         let (answers, outbox) = sync_channel::<Errand>(MAX_ERRANDS);
@@ -109,8 +113,9 @@ impl Link {
         let (writer, known) = (Arc::clone(&connection), Arc::clone(&nics));
         let write = move || run_errands(&writer, &known, &outbox);
         let writing = std::thread::Builder::new().name("netvsp-answers".into()).spawn(write)?;
+        let ending = Arc::clone(&link.ending);
         let serve = move || {
-            let mut session = Session::new(&connection, nics, resolve, answers);
+            let mut session = Session::new(&connection, nics, resolve, answers, ending);
             let outcome = session.run();
             session.nics().clear();
             connection.shutdown();
@@ -169,6 +174,9 @@ fn run_errands(connection: &SwitchConnection, nics: &Nics, errands: &Receiver<Er
 
 impl Drop for Link {
     fn drop(&mut self) {
+        // A VMM that sees the end takes what it asked for as done: nothing of the guest's may be touched by then.
+        self.ending.store(true, Ordering::SeqCst);
+        self.nics.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.connection.shutdown();
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
@@ -185,6 +193,7 @@ struct Session {
     resolve: Resolve,
     memory: Option<Arc<GuestMemory>>,
     answers: SyncSender<Errand>,
+    ending: Arc<AtomicBool>,
     /// Pages of each GPADL, by device and handle, and of all together.
     granted: BTreeMap<(u32, u32), usize>,
     pages: usize,
@@ -198,6 +207,7 @@ impl Session {
         nics: Nics,
         resolve: Resolve,
         answers: SyncSender<Errand>,
+        ending: Arc<AtomicBool>,
     ) -> Self {
         Self {
             connection: Arc::clone(connection),
@@ -205,6 +215,7 @@ impl Session {
             resolve,
             memory: None,
             answers,
+            ending,
             granted: BTreeMap::new(),
             pages: 0,
             lines: MAX_LINES,
@@ -224,12 +235,19 @@ impl Session {
 
     /// Waits while the VMM does not read.
     fn answer(&self, message: FromSwitch) {
+        if self.ending.load(Ordering::SeqCst) {
+            // Its adapters may be gone already.
+            return;
+        }
         // The writer is gone only if the connection is.
         let _ = self.answers.send(Errand::Answer(message));
     }
 
     fn run(&mut self) -> Result<(), LinkError> {
         while let Some(message) = self.connection.receive()? {
+            if self.ending.load(Ordering::SeqCst) {
+                break;
+            }
             self.handle(message)?;
         }
         Ok(())
@@ -266,8 +284,7 @@ impl Session {
             }
             FromVmm::Open { device, index, gpadl, downstream_page, target, doorbell, resumed, .. } => {
                 let memory = Arc::clone(self.memory()?);
-                let request =
-                    OpenRequest { index, gpadl, downstream_page, target: Some(target), doorbell, resumed };
+                let request = OpenRequest { index, gpadl, downstream_page, target, doorbell, resumed };
                 let opened = self.nics().get(&device).map(|(_, nic)| nic.open(&memory, request));
                 let ok = matches!(opened, Some(Ok(())));
                 if let Some(Err(error)) = opened

@@ -1,7 +1,9 @@
 //! Live captures: copies of frames that pass a port, for somebody who watches.
 //!
-//! A capture never slows the switch beyond the copy: its queue is bounded, and what does not fit is counted as missed.
-//! Without one, a port pays one load per burst.
+//! A capture's queue is bounded: nobody waits for its reader, and what does not fit is counted as missed. A frame that
+//! comes in is shown once it is known who gets it, one that goes out once the receiver has it, in the form it has there;
+//! each with the reason if it was dropped instead. For that a port that is watched takes its frames one at a time.
+//! One that is not pays one load per burst.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};

@@ -43,6 +43,8 @@ reasons! {
     SamePort => "destination is on the sending port",
     /// Nobody else is in the VLAN.
     NoReceiver => "no other port in the VLAN",
+    /// The client has disabled the queue that the frame was sent through.
+    Disabled => "sending queue is disabled",
     /// The offload metadata contradicts the frame.
     BadOffload => "checksum or segmentation request does not fit the frame",
     /// The frame came in more pieces than the switch takes, or is longer than any frame.
@@ -59,8 +61,8 @@ reasons! {
     Faulted => "receiving port is faulted",
     /// The host's device refused the frame.
     DeviceError => "host device refused the frame",
-    /// The flood of a burst was cut because the receiver list is limited.
-    Overload => "switch overloaded",
+    /// The disk is too slow for the capture file that the frame was to be written to.
+    CaptureLoss => "capture file is written too slowly",
 }
 
 impl DropReason {

@@ -5,10 +5,13 @@
 //! in the placed case nobody else wants them. The control plane takes them to swap a ring in or out, announcing itself
 //! so that a busy worker lets it through.
 
+use std::fmt::Display;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
-use vmq::frame::{Accepts, Burst, FrameStore, Offload};
+use arrayvec::ArrayVec;
+use vmq::frame::{Accepts, BURST_FRAMES, Burst, FrameStore, Offload};
 use vmq::ring::RingFault;
 use vmq::worker::{Nanos, Polled, Task, Wait};
 
@@ -169,21 +172,47 @@ impl SourceQueue {
         }
     }
 
-    /// Switches a frame as if it had come in here. Meant for a frame now and then, from the control plane; it counts at
-    /// its receivers only.
+    /// Switches a frame as if it had come in here. Meant for a frame now and then, from the control plane.
     pub fn inject(&self, frame: &[u8], now: Nanos) {
         let Scratch { mut frames, mut plan, mut delivery } = Scratch::default();
+        // Whoever holds the queue may count.
+        let _state = self.state.lock();
         let snapshot = self.port.snapshot.load();
-        let mut burst = Burst::new(&mut frames);
-        if burst.push(frame.into(), Offload::NONE) {
-            self.switch(&snapshot, &mut burst, &mut plan, &mut delivery, now, &mut Tally::default());
+        let (mut burst, mut tally) = (Burst::new(&mut frames), Tally::default());
+        if let Ok(len) = u32::try_from(frame.len())
+            && burst.push(frame.into(), Offload::NONE)
+        {
+            tally.moved(len);
+            self.switch(&snapshot, &mut burst, &mut plan, &mut delivery, now, &mut tally);
+            self.counters.add(&tally);
         }
+    }
+
+    /// The guest enables or disables its ring, if one is connected. What it sent in between is of yesterday.
+    pub fn set_enabled(&self, enabled: bool) {
+        let mut state = self.state.lock();
+        let Source::Ring(ring) = &mut *state else { return };
+        if enabled && !ring.enabled {
+            let mut tally = Tally::default();
+            // At most a ring's worth. A fault is met by the next burst, too.
+            let _ = ring.discard(vmq::ring::MAX_SIZE.into(), &mut tally);
+            self.counters.add(&tally);
+        }
+        ring.enabled = enabled;
     }
 
     /// Ends the task that a worker has of it.
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.swap(Source::Absent);
+    }
+}
+
+fn polled(tally: &Tally) -> Polled {
+    match usize::try_from(tally.frames + tally.dropped_total()) {
+        Ok(0) => Polled::Empty,
+        Ok(count) => Polled::Moved(count),
+        Err(_) => Polled::Moved(usize::MAX),
     }
 }
 
@@ -197,27 +226,32 @@ impl Task<Scratch> for SourceQueue {
         // Held for this burst only: a silent queue keeps no old snapshot alive.
         let snapshot = self.port.snapshot.load();
         let mut tally = Tally::default();
-        let outcome = match source {
-            Source::Absent => return Polled::Empty,
+        if matches!(source, Source::Absent) {
+            return Polled::Empty;
+        }
+        // A mistake of ours stops the port that it came to light at, not the worker with all the others.
+        let outcome = panic::catch_unwind(AssertUnwindSafe(|| match source {
+            Source::Absent => Ok(()),
             Source::Ring(ring) => self.poll_ring(ring, &snapshot, scratch, now, &mut tally),
             Source::Device(device) => self.poll_device(device, &snapshot, scratch, now, &mut tally),
             Source::Backend(backend) => {
                 self.poll_backend(&mut **backend, &snapshot, scratch, now, &mut tally)
             }
             Source::File(file) => self.poll_file(file, &snapshot, scratch, now, &mut tally),
-        };
+        }));
         self.counters.add(&tally);
-        if let Err(fault) = outcome {
-            *source = Source::Absent;
-            // Under the lock: a restart that follows must not be undone by the fault it ended.
-            self.port.fault(fault);
-            return Polled::Empty;
-        }
-        match usize::try_from(tally.frames + tally.dropped_total()) {
-            Ok(0) => Polled::Empty,
-            Ok(count) => Polled::Moved(count),
-            Err(_) => Polled::Moved(usize::MAX),
-        }
+        let fault: Box<dyn Display> = match outcome {
+            Ok(Ok(())) => return polled(&tally),
+            Ok(Err(fault)) => Box::new(fault),
+            Err(_) => {
+                *scratch = Scratch::default();
+                Box::new("a mistake in the switch; its log says where")
+            }
+        };
+        *state = Source::Absent;
+        // Under the lock: a restart that follows must not be undone by the fault it ended.
+        self.port.fault(fault);
+        Polled::Empty
     }
 
     fn arm(&self) -> Wait {
@@ -263,6 +297,12 @@ impl SourceQueue {
         now: Nanos,
         tally: &mut Tally,
     ) -> Result<(), Fault> {
+        if !ring.enabled {
+            if ring.discard(BURST_FRAMES, tally)? {
+                self.counters.called();
+            }
+            return Ok(());
+        }
         let Scratch { frames, plan, delivery } = scratch;
         let mut burst = Burst::new(frames);
         let memory = Arc::clone(&ring.memory);
@@ -390,10 +430,6 @@ impl Outlet {
     /// Hands the frames of `list` to the port.
     #[inline]
     fn deliver(&self, burst: &Burst<'_>, list: &List, delivery: &mut Delivery, now: Nanos) {
-        if self.port.taps.is_active() {
-            let list = list.iter().map(|&index| (index, None));
-            self.port.taps.show(&self.port, Direction::Outbound, burst, list);
-        }
         let Delivery { translator, lists } = delivery;
         match (self.sinks.as_slice(), &self.steering) {
             ([], _) => {}
@@ -417,11 +453,19 @@ impl Outlet {
             max_frame: self.longest,
             tag: self.tag,
         };
-        let mut put = Put { sink: &mut state, now, called: false, fault: None, tally: &mut tally };
+        let port = &*self.port;
+        let mut put = Put { port, sink: &mut state, now, called: false, fault: None, tally: &mut tally };
         if Translator::needed(burst, list, &want) {
             let mut dropped = Tally::default();
-            translator.run(burst, list, &want, &mut put, &mut |reason| dropped.drop(reason));
+            let mut shown = ArrayVec::<(u8, Option<DropReason>), BURST_FRAMES>::new();
+            translator.run(burst, list, &want, &mut put, &mut |index, reason| {
+                dropped.drop(reason);
+                let _ = shown.try_push((index, Some(reason)));
+            });
             put.tally.absorb(&dropped);
+            if !shown.is_empty() && port.taps.is_active() {
+                port.taps.show(port, Direction::Outbound, burst, shown.iter().copied());
+            }
         } else {
             put.put(burst, list);
         }
@@ -439,6 +483,7 @@ impl Outlet {
 
 /// One delivery to a locked sink.
 struct Put<'a> {
+    port: &'a PortCore,
     sink: &'a mut Sink,
     now: Nanos,
     called: bool,
@@ -449,6 +494,28 @@ struct Put<'a> {
 impl FrameSink for Put<'_> {
     #[inline]
     fn put(&mut self, burst: &Burst<'_>, list: &[u8]) {
+        if self.port.taps.is_active() {
+            self.hand_over_and_show(burst, list);
+        } else {
+            self.hand_over(burst, list);
+        }
+    }
+}
+
+impl Put<'_> {
+    /// One frame at a time, so that whoever watches sees what became of each.
+    #[cold]
+    fn hand_over_and_show(&mut self, burst: &Burst<'_>, list: &[u8]) {
+        for &index in list {
+            let before = *self.tally;
+            self.hand_over(burst, &[index]);
+            let dropped = self.tally.dropped_since(&before);
+            self.port.taps.show(self.port, Direction::Outbound, burst, std::iter::once((index, dropped)));
+        }
+    }
+
+    #[inline]
+    fn hand_over(&mut self, burst: &Burst<'_>, list: &[u8]) {
         if self.fault.is_some() {
             self.tally.drop_many(DropReason::Faulted, list.len());
             return;

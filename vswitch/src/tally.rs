@@ -55,6 +55,11 @@ impl Tally {
         self.drops[reason as usize]
     }
 
+    /// Why a frame was dropped since the tally was `before`, if one was.
+    pub fn dropped_since(&self, before: &Self) -> Option<DropReason> {
+        DropReason::ALL.iter().copied().find(|&reason| self.dropped(reason) > before.dropped(reason))
+    }
+
     /// Frames dropped for any reason.
     pub fn dropped_total(&self) -> u64 {
         self.drops.iter().map(|&count| u64::from(count)).sum()

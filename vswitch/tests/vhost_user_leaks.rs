@@ -136,7 +136,7 @@ impl Peer {
     fn new() -> Self {
         let (_, file) = Mapping::memfd("peer", MEMORY).unwrap();
         let config = SessionConfig { config_space: true, ..SessionConfig::default() };
-        let session = Session::new(config);
+        let session = Session::new(config, None);
         Self { port: Port::default(), session, file, bell: Doorbell::new().unwrap() }
     }
 

@@ -21,7 +21,7 @@ fn translate(translator: &mut Translator, burst: &Burst<'_>, list: &[u8], want: 
         black_box(burst);
         frames += list.len();
     };
-    translator.run(burst, list, want, &mut sink, &mut |reason| panic!("dropped: {reason}"));
+    translator.run(burst, list, want, &mut sink, &mut |_, reason| panic!("dropped: {reason}"));
     frames
 }
 

@@ -85,7 +85,7 @@ fn record(
         let frames = recording.receive(if last { Duration::ZERO } else { WAIT });
         file.add(&frames, recording.missed())?;
         if last {
-            return file.close();
+            return file.close(recording.missed());
         }
     }
     Ok(())
@@ -144,7 +144,11 @@ impl Recorder<'_> {
         Ok(interface)
     }
 
-    fn close(self) -> Result<(), WriteError> {
+    fn close(mut self, missed: u64) -> Result<(), WriteError> {
+        // Those after the last frame are told of by no packet.
+        if let Some(&interface) = self.interfaces.values().next() {
+            self.writer.statistics_mut(interface)?.os_dropped += missed.saturating_sub(self.missed);
+        }
         self.writer.close().map(drop)
     }
 }

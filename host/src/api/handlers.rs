@@ -93,9 +93,10 @@ pub(super) async fn openapi() -> Response {
 
 pub(super) async fn report(State(api): Shared) -> Answer {
     let report = api.blocking(|backend| Ok::<_, Failure>(backend.report())).await?;
-    let vms = api.with_vms(|vms| Ok::<_, Failure>(vms.list())).await?;
+    let (vms, warnings) = api.with_vms(|vms| Ok::<_, Failure>((vms.list(), vms.warnings()))).await?;
     let FabricReport { switches, workers } = report;
-    Ok(Json(json!({ "switches": switches, "workers": workers, "vms": vms })).into_response())
+    let report = json!({ "switches": switches, "workers": workers, "vms": vms, "warnings": warnings });
+    Ok(Json(report).into_response())
 }
 
 pub(super) async fn list_switches(State(api): Shared) -> Answer {

@@ -118,7 +118,7 @@ async fn change_nic(
     Named((vm, nic)): Named<(String, String)>,
     Document(json): Document,
 ) -> Answer {
-    let change = config::change_request(json)?;
+    let change = config::nic_change_request(json)?;
     let changed = api
         .with_vms(move |vms| {
             vms.change_nic(&vm, &nic, change)?;

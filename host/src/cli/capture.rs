@@ -28,7 +28,8 @@ pub async fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure>
     let mut body = client.stream(&path).await?;
     let mut ending = Ending::new()?;
     let out = open(&args.write)?;
-    let mut blocks = Blocks { out, pending: Vec::new(), left: args.count.unwrap_or(u64::MAX), frames: 0 };
+    let mut blocks =
+        Blocks { out, pending: Vec::new(), left: args.count.unwrap_or(u64::MAX), frames: 0, missed: 0 };
     let outcome = loop {
         let piece = tokio::select! {
             piece = body.frame() => piece,
@@ -48,7 +49,8 @@ pub async fn capture(client: &Client, args: &CaptureArgs) -> Result<(), Failure>
             },
         }
     };
-    eprintln!("{} frames captured", blocks.frames);
+    let missed = if blocks.missed > 0 { format!(", {} missed", blocks.missed) } else { String::new() };
+    eprintln!("{} frames captured{missed}", blocks.frames);
     outcome
 }
 
@@ -102,6 +104,8 @@ struct Blocks<W> {
     /// Packets still wanted.
     left: u64,
     frames: u64,
+    /// Frames that the daemon did not get rid of fast enough.
+    missed: u64,
 }
 
 impl<W: Write> Blocks<W> {
@@ -114,6 +118,7 @@ impl<W: Write> Blocks<W> {
             whole += block.len();
             if kind == PACKET {
                 self.frames += 1;
+                self.missed = self.missed.saturating_add(missed_before(block));
                 self.left -= 1;
                 if self.left == 0 {
                     break;
@@ -137,6 +142,21 @@ fn head(bytes: &[u8]) -> io::Result<Option<(u32, usize)>> {
     }
 }
 
+/// What option 4 (`epb_dropcount`) of a packet block says, 0 without one.
+fn missed_before(block: &[u8]) -> u64 {
+    let half = |at: usize| block.get(at..at + 2)?.try_into().ok().map(u16::from_le_bytes);
+    let captured = block.get(20..24).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes);
+    let mut at = 28 + (captured as usize).next_multiple_of(4);
+    while let (Some(code @ 1..), Some(len)) = (half(at), half(at + 2)) {
+        if code == 4 {
+            let count = block.get(at + 4..at + 12).and_then(|bytes| bytes.try_into().ok());
+            return count.map_or(0, u64::from_le_bytes);
+        }
+        at += 4 + usize::from(len).next_multiple_of(4);
+    }
+    0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,15 +173,37 @@ mod tests {
     fn stream_in_single_bytes_is_cut_after_the_wanted_packet() {
         let parts =
             [block(0x0a0d_0d0a, 28), block(PACKET, 32), block(5, 12), block(PACKET, 40), block(PACKET, 32)];
-        let mut blocks = Blocks { out: Vec::new(), pending: Vec::new(), left: 2, frames: 0 };
+        let mut blocks = Blocks { out: Vec::new(), pending: Vec::new(), left: 2, frames: 0, missed: 0 };
         let more = parts.concat().iter().take_while(|byte| blocks.add(&[**byte]).unwrap()).count();
         assert_eq!((more, blocks.frames), (28 + 32 + 12 + 39, 2));
         assert_eq!(blocks.out, parts[..4].concat());
     }
 
     #[test]
+    fn frames_that_were_missed_are_counted() {
+        use vswitch::pcap::{Packet, SectionInfo, Writer};
+        let mut writer = Writer::new(Vec::new(), &SectionInfo::default()).unwrap();
+        let interface = writer.add_interface("p", "", 0).unwrap();
+        for lost_before in [None, Some(3), None, Some(70_000)] {
+            let comment = Some(format_args!("a remark"));
+            let packet = Packet { lost_before, comment, ..Packet::new(interface, 1, &[7; 61]) };
+            writer.packet(&packet).unwrap();
+        }
+        let stream = writer.close().unwrap();
+        let mut blocks = Blocks { out: Vec::new(), pending: Vec::new(), left: 9, frames: 0, missed: 0 };
+        assert!(blocks.add(&stream).unwrap());
+        assert_eq!((blocks.frames, blocks.missed, blocks.out), (4, 70_003, stream));
+        // Whatever the block says of itself.
+        for captured in [0, 1, 60, 61, u32::MAX] {
+            let mut block = vec![0xff; 100];
+            block[20..24].copy_from_slice(&captured.to_le_bytes());
+            missed_before(&block);
+        }
+    }
+
+    #[test]
     fn stream_that_is_no_pcapng_is_an_error() {
-        let mut blocks = Blocks { out: Vec::new(), pending: Vec::new(), left: 1, frames: 0 };
+        let mut blocks = Blocks { out: Vec::new(), pending: Vec::new(), left: 1, frames: 0, missed: 0 };
         assert!(blocks.add(b"HTTP/1.1 200 OK").is_err());
     }
 

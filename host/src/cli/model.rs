@@ -11,6 +11,8 @@ pub struct Report {
     pub workers: Vec<Worker>,
     #[serde(default)]
     pub vms: Vec<Vm>,
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -157,6 +159,7 @@ pub struct VmCpu {
     pub weight: u32,
     pub pin: Vec<usize>,
     pub baseline: Option<String>,
+    pub allowed: Vec<usize>,
     pub cgroup: Option<String>,
 }
 
@@ -170,6 +173,7 @@ pub struct NicStatus {
     pub mac: String,
     pub mtu: u32,
     pub queues: u16,
+    pub link: String,
     pub channels: u16,
     pub connected: bool,
 }

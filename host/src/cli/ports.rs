@@ -42,7 +42,7 @@ pub fn new_port(args: &PortAdd) -> Result<Value, Failure> {
 }
 
 /// The request that changes a port.
-pub fn port_change(args: &ChangeArgs) -> Result<Value, Failure> {
+pub fn port_change(args: &ChangeArgs) -> Result<Map<String, Value>, Failure> {
     let mut body = Map::new();
     put(&mut body, "mtu", args.mtu);
     put(&mut body, "vlan", vlan(args.access, args.trunk.as_deref(), args.native));
@@ -63,7 +63,7 @@ pub fn port_change(args: &ChangeArgs) -> Result<Value, Failure> {
         },
     }
     put(&mut body, "security", Some(security).filter(|security| !security.is_empty()));
-    Ok(body.into())
+    Ok(body)
 }
 
 /// What `--with` adds.

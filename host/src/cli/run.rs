@@ -170,7 +170,7 @@ impl Session {
                 print(&show::port(&port.switch, &found, self.colour))
             }
             PortCommand::Set(args) => {
-                let body = ports::port_change(&args.change)?;
+                let body = ports::port_change(&args.change)?.into();
                 self.order(Method::PATCH, &port_path(&args.port), Some(body)).await
             }
             PortCommand::Restart { port } => {

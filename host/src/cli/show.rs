@@ -54,6 +54,8 @@ fn faults(report: &Report, colour: bool) -> String {
         }
     }
     rows.extend(vm_show::attention(&report.vms));
+    let warnings = report.warnings.iter();
+    rows.extend(warnings.map(|text| (2, "host".into(), "warning", Ink::Warn, text.clone())));
     rows.sort_by_key(|&(gravity, ..)| gravity);
     let mut table = Table::new(&["ATTENTION", "", ""]);
     for (_, name, what, ink, text) in rows {

@@ -125,7 +125,7 @@ pub struct VmDefine {
     /// When to start it again by itself [default: on-crash]
     #[arg(long, value_name = "POLICY", requires = "kernel")]
     pub restart: Option<Restart>,
-    /// Processor that the guest is to see, such as x86-64-v2
+    /// Processor that the guest is to see, such as x86-64-v2 or haswell
     #[arg(long, value_name = "NAME", requires = "kernel")]
     pub baseline: Option<String>,
     /// More keys of the configuration's vm table, such as '{"services": {"vss": false}}'
@@ -182,12 +182,18 @@ pub enum NicCommand {
         /// Which adapter
         nic: String,
     },
-    /// Change the port of an adapter
+    /// Change an adapter and its port
     Set {
         /// Which VM
         vm: String,
         /// Which adapter
         nic: String,
+        /// Station address; only while the VM is off
+        #[arg(long, group = "ChangeArgs")]
+        mac: Option<String>,
+        /// Plug the cable in or out
+        #[arg(long, value_name = "STATE", group = "ChangeArgs")]
+        link: Option<LinkWanted>,
         #[command(flatten)]
         #[expect(missing_docs, reason = "a comment here would become the command's help")]
         change: ChangeArgs,
@@ -225,6 +231,15 @@ pub struct NicAdd {
     /// More keys of the configuration's nic table, such as '{"offloads": false}'
     #[arg(long, value_name = "JSON")]
     pub with: Option<String>,
+}
+
+/// A cable, as the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LinkWanted {
+    /// In
+    Up,
+    /// Out
+    Down,
 }
 
 /// What a guest sees.

@@ -92,6 +92,11 @@ pub fn attention(vms: &[Vm]) -> Vec<(u8, String, &'static str, Ink, String)> {
         if matches!(vm.guest.heartbeat.as_str(), "lost" | "error") && vm.state == "running" {
             rows.push((0, name(), "heartbeat", Ink::Bad, vm.guest.heartbeat.clone()));
         }
+        for nic in vm.nics.iter().filter(|nic| nic.link == "down") {
+            let text =
+                format!("adapter {0} (`yard vm nic set {1} {0} --link up` plugs it in)", nic.name, vm.name);
+            rows.push((2, name(), "link down", Ink::Plain, text));
+        }
         rows.extend(vm.warnings.iter().map(|text| (2, name(), "warning", Ink::Warn, text.clone())));
     }
     rows
@@ -174,6 +179,9 @@ fn processors(vm: &Vm) -> String {
     if !cpu.pin.is_empty() {
         let _ = write!(text, ", pinned to {:?}", cpu.pin);
     }
+    if !cpu.allowed.is_empty() {
+        let _ = write!(text, ", kept to {:?}", cpu.allowed);
+    }
     if let Some(baseline) = &cpu.baseline {
         let _ = write!(text, ", as {baseline}");
     }
@@ -203,7 +211,7 @@ fn pairs(pairs: &[(String, String)]) -> String {
 }
 
 fn nics(nics: &[NicStatus], colour: bool) -> String {
-    let mut table = Table::new(&["NIC", "TYPE", "PORT", "MAC", "MTU", "CHANNELS", "SERVED"]);
+    let mut table = Table::new(&["NIC", "TYPE", "PORT", "MAC", "MTU", "LINK", "CHANNELS", "SERVED"]);
     for nic in nics {
         table.row([
             Cell::text(&nic.name),
@@ -211,6 +219,7 @@ fn nics(nics: &[NicStatus], colour: bool) -> String {
             Cell::text(format!("{}/{}", nic.switch, nic.port)),
             Cell::text(&nic.mac),
             Cell::number(nic.mtu),
+            Cell::text(&nic.link).ink(if nic.link == "down" { Ink::Warn } else { Ink::Plain }),
             Cell::number(format!("{} of {}", nic.channels, nic.queues)),
             Cell::text(if nic.connected { "yes" } else { "no" }),
         ]);

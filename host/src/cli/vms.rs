@@ -11,7 +11,9 @@ use super::failure::{Failure, exit};
 use super::model::Vm;
 use super::ports::{absolute, extra, port_change, put, vlan};
 use super::run::{Session, print, unless};
-use super::vm_args::{NicAdd, NicCommand, NicType, Restart, ValueCommand, VmCommand, VmDefine, VmSet};
+use super::vm_args::{
+    LinkWanted, NicAdd, NicCommand, NicType, Restart, ValueCommand, VmCommand, VmDefine, VmSet,
+};
 use super::vm_show;
 use crate::config::{Machine, vm_definitions};
 
@@ -145,9 +147,12 @@ async fn nic(session: &Session, command: NicCommand) -> Result<(), Failure> {
         NicCommand::Remove { vm, nic } => {
             session.order(Method::DELETE, &format!("{}/nics/{}", path(&vm), part(&nic)), None).await
         }
-        NicCommand::Set { vm, nic, change } => {
+        NicCommand::Set { vm, nic, mac, link, change } => {
+            let mut body = port_change(&change)?;
+            put(&mut body, "mac", mac);
+            put(&mut body, "link", link.map(|link| if link == LinkWanted::Up { "up" } else { "down" }));
             let path = format!("{}/nics/{}", path(&vm), part(&nic));
-            session.order(Method::PATCH, &path, Some(port_change(&change)?)).await
+            session.order(Method::PATCH, &path, Some(body.into())).await
         }
     }
 }

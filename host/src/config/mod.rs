@@ -25,7 +25,7 @@ use vmq::filter::MAX_VLAN;
 use vswitch::fabric::{PortChange, WorkersSpec};
 use vswitch::spec::{PortSpec, SwitchKind};
 
-use crate::vm::spec::{NicSpec, VmChange, VmSpec};
+use crate::vm::spec::{NicChange, NicSpec, VmChange, VmSpec};
 
 use attach::{Source, socket_path};
 use field::{Field, Section};
@@ -276,19 +276,39 @@ fn request_name<'a>(section: &Section<'a>) -> Option<&'a str> {
 /// # Errors
 /// Every mistake in it.
 pub fn change_request(json: serde_json::Value) -> Result<PortChange, ConfigError> {
+    let why = "the port exists, expected to remove the port and add it again";
+    change_of(json, (port::PORT_KEYS, port::CHANGE_KEYS), why, |section| Some(port::change(section)))
+}
+
+/// Reads a request to change an adapter of a VM.
+///
+/// # Errors
+/// Every mistake in it.
+pub fn nic_change_request(json: serde_json::Value) -> Result<NicChange, ConfigError> {
+    let all = [port::PORT_KEYS, &["name", "switch", "type", "queues"]].concat();
+    let keys = [vm::NIC_CHANGE_KEYS, port::CHANGE_KEYS].concat();
+    let why = "the adapter exists, expected to remove it and add it again";
+    change_of(json, (&all, &keys), why, |section| Some(vm::nic_change(section)))
+}
+
+/// Reads a change: of `keys.0`, only those in `keys.1` can change; `why` the others cannot, and what to do.
+fn change_of<T>(
+    json: serde_json::Value,
+    (all, keys): (&[&'static str], &[&'static str]),
+    why: &str,
+    read: impl FnOnce(&Section<'_>) -> Option<T>,
+) -> Result<T, ConfigError> {
     let problems = Problems::default();
     let tree = Node::from_json(json);
     let root = Field::root(&tree, &problems);
-    let fixed = |key: &&str| port::PORT_KEYS.contains(key) && !port::CHANGE_KEYS.contains(key);
+    let fixed = |key: &&str| all.contains(key) && !keys.contains(key);
     let change = root.entries("a table of what is to change").and_then(|entries| {
         let mut refused = false;
         for (_, field) in entries.fields().filter(|(key, _)| fixed(key)) {
             refused = true;
-            field.refuse::<()>(
-                "cannot change while the port exists, expected to remove the port and add it again",
-            );
+            field.refuse::<()>(format!("cannot change while {why}"));
         }
-        if refused { None } else { root.section(port::CHANGE_KEYS).map(|section| port::change(&section)) }
+        if refused { None } else { root.section(keys).and_then(|section| read(&section)) }
     });
     problems.finish(None, change)
 }
@@ -330,21 +350,8 @@ pub fn nic_request(json: serde_json::Value, vm: &str) -> Result<NicSpec, ConfigE
 /// # Errors
 /// Every mistake in it.
 pub fn vm_change_request(json: serde_json::Value) -> Result<VmChange, ConfigError> {
-    let problems = Problems::default();
-    let tree = Node::from_json(json);
-    let root = Field::root(&tree, &problems);
-    let fixed = |key: &&str| vm::VM_KEYS.contains(key) && !vm::CHANGE_KEYS.contains(key);
-    let change = root.entries("a table of what is to change").and_then(|entries| {
-        let mut refused = false;
-        for (_, field) in entries.fields().filter(|(key, _)| fixed(key)) {
-            refused = true;
-            field.refuse::<()>(
-                "cannot change while the VM is defined, expected to delete it and define it again",
-            );
-        }
-        if refused { None } else { root.section(vm::CHANGE_KEYS).and_then(|section| vm::change(&section)) }
-    });
-    problems.finish(None, change)
+    let why = "the VM is defined, expected to delete it and define it again";
+    change_of(json, (vm::VM_KEYS, vm::CHANGE_KEYS), why, vm::change)
 }
 
 /// Reads the VMs of a file that defines nothing else, each as the request that defines it. Paths become absolute.

@@ -156,7 +156,7 @@ pub const GROUPS: &[Group] = &[
                 "switch.NAME.port.PORT.pcap.write",
                 "path",
                 "none",
-                "pcapng file for the frames that leave the switch.",
+                "pcapng file for the frames that leave the switch; those the disk is too slow for are counted (`capture-loss`).",
             ),
             key(
                 "switch.NAME.port.PORT.pcap.pace",
@@ -299,7 +299,7 @@ pub const GROUPS: &[Group] = &[
             ),
             key(
                 "vm.NAME.memory.startup",
-                "\"32M\" to \"16T\", multiple of \"2M\"",
+                "\"32M\" to \"4T\", multiple of \"2M\"",
                 "required",
                 "Memory at the start, if `memory` is a table.",
             ),
@@ -356,9 +356,9 @@ pub const GROUPS: &[Group] = &[
             ),
             key(
                 "vm.NAME.cpu.baseline",
-                "\"x86-64-v2\", \"x86-64-v3\", \"x86-64-v4\"",
+                "\"x86-64-v2\", \"x86-64-v3\", \"x86-64-v4\", \"nehalem\", \"haswell\", \"skylake-server\", \"icelake-server\", \"epyc\", \"epyc-rome\", \"epyc-milan\"",
                 "all that the host has",
-                "Processor that the guest sees, so that the VM can move between unlike hosts.",
+                "Processor that the guest sees, so that the VM can move between unlike hosts: a level of features, or a model of the host's maker. A host that lacks some of it refuses to start the VM, and names what it lacks.",
             ),
             key(
                 "vm.NAME.services.heartbeat",
@@ -455,6 +455,12 @@ pub const GROUPS: &[Group] = &[
                 "true, false",
                 "true",
                 "Merge TCP segments for a guest that takes large frames.",
+            ),
+            key(
+                "vm.NAME.nic[].link",
+                "\"up\", \"down\"",
+                "\"up\"",
+                "What the guest is told of its cable; `yard vm nic set` changes it live.",
             ),
         ],
     },

@@ -7,6 +7,7 @@ use serde_json::json;
 use vswitch::spec::{Attachment, Pace, SocketMode, SwitchKind, TapSpec, VlanMode};
 
 use super::*;
+use crate::vm::spec::LinkState;
 
 fn read(text: &str) -> Result<Config, ConfigError> {
     parse("switchyard.toml", text, Path::new("/etc/switchyard"), &Machine { cpus: vec![0, 1, 2, 3] })
@@ -507,7 +508,7 @@ fn with_vm(keys: &str) -> String {
 
 #[test]
 fn wrong_vm_key_names_line_key_found_and_expected() {
-    const SIZE: &str = "expected a size from \"32M\" to \"16T\", a multiple of \"2M\"";
+    const SIZE: &str = "expected a size from \"32M\" to \"4T\", a multiple of \"2M\"";
     for (keys, expected) in [
         ("memroy = 1", "6: vm.web.memroy: unknown key (did you mean `memory`?)"),
         ("vcpus = 0", "6: vm.web.vcpus: 0 is out of range, expected 1 to 64"),
@@ -538,7 +539,11 @@ fn wrong_vm_key_names_line_key_found_and_expected() {
         ("cpu.pin = [9]", "6: vm.web.cpu.pin: [0] is processor 9, expected one of this machine's 0-3"),
         (
             "cpu.baseline = \"x86-64-v9\"",
-            "6: vm.web.cpu.baseline: found \"x86-64-v9\", expected \"x86-64-v2\", \"x86-64-v3\" or \"x86-64-v4\" (did you mean `x86-64-v2`?)",
+            "6: vm.web.cpu.baseline: found \"x86-64-v9\", expected \"x86-64-v2\", \"x86-64-v3\", \"x86-64-v4\", \"nehalem\", \"haswell\", \"skylake-server\", \"icelake-server\", \"epyc\", \"epyc-rome\" or \"epyc-milan\" (did you mean `x86-64-v2`?)",
+        ),
+        (
+            "[[vm.web.nic]]\nname = \"eth0\"\nswitch = \"lab\"\nlink = \"off\"",
+            "9: vm.web.nic[0].link: found \"off\", expected \"up\" or \"down\"",
         ),
         ("services.vss = 1", "6: vm.web.services.vss: found 1, expected true or false"),
         (
@@ -651,7 +656,7 @@ fn vm_keys_reach_the_specification() {
          cpu = { reserve = 25, limit = 50, weight = 300, pin = [1, 1], baseline = \"x86-64-v3\" }\n\
          services = { vss = false }\n\
          [[vm.web.nic]]\nname = \"eth0\"\nswitch = \"lab\"\nqueues = 4\nmtu = 9000\nvlan = { access = 10 }\nprivate = 3\n\
-         [[vm.web.nic]]\nname = \"eth1\"\nswitch = \"lab\"\ntype = \"legacy\"\nmac = \"02:00:00:00:00:0a\"",
+         [[vm.web.nic]]\nname = \"eth1\"\nswitch = \"lab\"\ntype = \"legacy\"\nmac = \"02:00:00:00:00:0a\"\nlink = \"down\"",
     ))
     .unwrap();
     let vm = &config.vms[0];
@@ -663,6 +668,7 @@ fn vm_keys_reach_the_specification() {
     assert_eq!((first.queues, first.mtu, &first.vlan), (4, 9000, &VlanMode::Access(10)));
     assert_eq!(first.private, Some(vswitch::spec::PrivateVlan::Community(3)));
     assert_eq!(first.mac, crate::vm::identity::mac("web", "eth0").to_string());
+    assert_eq!((first.link, second.link), (LinkState::Up, LinkState::Down));
     assert_eq!(second.mac, "02:00:00:00:00:0a");
 }
 
@@ -686,6 +692,42 @@ fn definitions_of_a_file_are_requests_with_absolute_paths() {
     {
         assert!(refused.contains(expected), "{refused}");
     }
+}
+
+#[test]
+fn every_baseline_can_be_asked_for() {
+    for (name, baseline) in hypervisor::control::Baseline::NAMED {
+        let config = read(&with_vm(&format!("cpu.baseline = \"{name}\""))).unwrap();
+        assert_eq!(config.vms[0].cpu.baseline, Some(*baseline));
+    }
+}
+
+#[test]
+fn memory_ends_where_the_switch_cannot_map_it() {
+    let most = u64::try_from(vmbus::handover::MAX_MEMORY).unwrap();
+    assert_eq!(vm::MEMORY.into_inner().1, most);
+    let size = |text: &str| vm_change_request(json!({ "memory": text }));
+    assert_eq!(size("4T").unwrap().memory, Some(most));
+    let message =
+        refused("[vm.web]\nkernel = \"vmlinuz\"\nmemory.startup = \"1G\"\nmemory.maximum = \"5T\"\n");
+    let expected = "4: vm.web.memory.maximum: \"5T\" is out of range, expected a size from \"32M\" to \"4T\", a multiple of \"2M\"";
+    assert_eq!(message, format!("switchyard.toml:{expected}"));
+}
+
+#[test]
+fn change_of_an_adapter_takes_what_may_change_and_says_what_may_not() {
+    let change = json!({ "mac": "02:00:00:00:00:01", "link": "down", "mtu": 9000 });
+    let change = nic_change_request(change).unwrap();
+    assert_eq!(change.mac, Some(Mac([2, 0, 0, 0, 0, 1])));
+    assert_eq!((change.link, change.port.mtu), (Some(LinkState::Down), Some(9000)));
+    let refused = |json| nic_change_request(json).expect_err("wrong").to_string();
+    assert_eq!(
+        refused(json!({ "queues": 2 })),
+        "queues: cannot change while the adapter exists, expected to remove it and add it again"
+    );
+    assert_eq!(refused(json!({ "link": 1 })), "link: found 1, expected \"up\" or \"down\"");
+    assert!(refused(json!({ "mac": "ff:ff:ff:ff:ff:ff" })).starts_with("mac: ff:ff:ff:ff:ff:ff"));
+    assert_eq!(refused(json!({ "lnik": "up" })), "lnik: unknown key (did you mean `link`?)");
 }
 
 #[test]

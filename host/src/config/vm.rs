@@ -10,8 +10,8 @@ use super::attach::Source;
 use super::field::{Field, Section};
 use super::names::{MAX_NAME, check_name};
 use super::node::{Value, quoted};
-use super::port::{address_limit, mtu, private, vlan};
-use crate::vm::spec::{CpuSpec, NicSpec, RestartPolicy, VmChange, VmSpec, port_name};
+use super::port::{self, address_limit, mtu, private, vlan};
+use crate::vm::spec::{CpuSpec, LinkState, NicChange, NicSpec, RestartPolicy, VmChange, VmSpec, port_name};
 use crate::vm::{MAX_NICS, identity};
 
 pub(super) const VM_KEYS: &[&str] =
@@ -33,16 +33,19 @@ pub(super) const NIC_KEYS: &[&str] = &[
     "address-limit",
     "offloads",
     "coalesce",
+    "link",
 ];
+/// What may be changed of an adapter, besides its port.
+pub(super) const NIC_CHANGE_KEYS: &[&str] = &["mac", "link"];
 /// What may be changed while a VM runs.
 pub(super) const CHANGE_KEYS: &[&str] = &["memory", "cpu"];
 const CPU_CHANGE_KEYS: &[&str] = &["reserve", "limit", "weight"];
 
 /// Memory comes in pieces of this many bytes.
 const MEMORY_UNIT: u64 = 2 << 20;
-/// A kernel needs some, and no host has more: 32 MiB to 16 TiB.
-const MEMORY: RangeInclusive<u64> = 32 << 20..=16 << 40;
-const MEMORY_EXPECTED: &str = "a size from \"32M\" to \"16T\", a multiple of \"2M\"";
+/// A kernel needs some, and the switch maps no more (`vmbus::handover::MAX_MEMORY`): 32 MiB to 4 TiB.
+pub(super) const MEMORY: RangeInclusive<u64> = 32 << 20..=4 << 40;
+const MEMORY_EXPECTED: &str = "a size from \"32M\" to \"4T\", a multiple of \"2M\"";
 const MEMORY_FORMS: &str =
     "a size such as \"512M\", or { startup = SIZE, minimum = SIZE, maximum = SIZE, huge = BOOL }";
 /// `COMMAND_LINE_SIZE` of arch/x86/include/asm/setup.h, less its final zero.
@@ -57,8 +60,7 @@ const RESTARTS: &[(&str, RestartPolicy)] = &[
     ("on-crash", RestartPolicy::OnCrash),
     ("always", RestartPolicy::Always),
 ];
-const BASELINES: &[(&str, Baseline)] =
-    &[("x86-64-v2", Baseline::V2), ("x86-64-v3", Baseline::V3), ("x86-64-v4", Baseline::V4)];
+const LINKS: &[(&str, LinkState)] = &[("up", LinkState::Up), ("down", LinkState::Down)];
 
 /// What a VM's table is read against.
 #[derive(Debug, Clone, Copy)]
@@ -182,7 +184,7 @@ fn cpu(field: &Field<'_>, vcpus: u32, cpus: &[usize]) -> Option<CpuSpec> {
         spec.pin = pin(&field, vcpus, cpus)?;
     }
     if let Some(field) = section.get("baseline") {
-        spec.baseline = Some(field.choice(BASELINES)?);
+        spec.baseline = Some(field.choice(Baseline::NAMED)?);
     }
     Some(spec)
 }
@@ -260,6 +262,7 @@ pub(super) fn nic(vm: &str, field: &Field<'_>) -> Option<NicSpec> {
     let (spoofing, offloads, coalesce) =
         (boolean("mac-spoofing", false), boolean("offloads", true), boolean("coalesce", true));
     let limit = section.get("address-limit").map_or(Some(None), |field| address_limit(&field));
+    let link = section.get("link").map_or(Some(LinkState::Up), |field| field.choice(LINKS));
     let name = name?;
     let mac = mac?.unwrap_or_else(|| identity::mac(vm, &name));
     Some(NicSpec {
@@ -275,6 +278,7 @@ pub(super) fn nic(vm: &str, field: &Field<'_>) -> Option<NicSpec> {
         address_limit: limit?,
         offloads: offloads?,
         coalesce: coalesce?,
+        link: link?,
     })
 }
 
@@ -311,4 +315,13 @@ pub(super) fn change(section: &Section<'_>) -> Option<VmChange> {
         None => Some(VmChange::default()),
     };
     Some(VmChange { memory: memory?, ..change? })
+}
+
+/// Reads a request to change an adapter.
+pub(super) fn nic_change(section: &Section<'_>) -> NicChange {
+    NicChange {
+        mac: section.get("mac").and_then(|field| field.mac()),
+        link: section.get("link").and_then(|field| field.choice(LINKS)),
+        port: port::change(section),
+    }
 }

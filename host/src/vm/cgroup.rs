@@ -1,5 +1,6 @@
-//! A control group (v2) for each VM: its processors' weight and limit, and the most memory it can ever take. They lie in a group of their own below the hierarchy's root,
-//! not in that of the daemon's service: a service manager that ends all of a service's group leaves the VMs alone.
+//! A control group (v2) for each VM: its processors' weight and limit, which processors it may use, and the most memory it
+//! can ever take. They lie in a group of their own below the hierarchy's root, not in that of the daemon's service: a
+//! service manager that ends all of a service's group leaves the VMs alone.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,12 +16,22 @@ const PERIOD: u64 = 100_000;
 
 /// The host's hierarchy, or why there is none to use.
 #[derive(Debug, Clone)]
-pub struct Cgroups(Result<PathBuf, String>);
+pub struct Cgroups(Result<Group, String>);
+
+/// The group of all VMs.
+#[derive(Debug, Clone)]
+struct Group {
+    path: PathBuf,
+    /// Why VMs cannot be kept to processors, if they cannot.
+    no_cpuset: Option<String>,
+}
 
 /// The group of one VM.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// The processors that were written last, if any were.
+    kept_to: Option<Vec<usize>>,
 }
 
 impl Cgroups {
@@ -48,13 +59,18 @@ impl Cgroups {
     /// # Errors
     /// Why it has none, in words for the operator.
     pub fn group(&self, name: &str) -> Result<Cgroup, String> {
-        let path = self.0.clone()?.join(name);
+        let path = self.0.as_ref().map_err(Clone::clone)?.path.join(name);
         match std::fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 Err(format!("{}: {error}", path.display()))
             }
-            _ => Ok(Cgroup { path }),
+            _ => Ok(Cgroup { path, kept_to: None }),
         }
+    }
+
+    /// Why VMs that have groups cannot be kept to processors, if they cannot.
+    pub fn no_cpuset(&self) -> Option<&str> {
+        self.0.as_ref().ok()?.no_cpuset.as_deref()
     }
 }
 
@@ -67,8 +83,8 @@ fn mount(mounts: &str) -> Option<&str> {
     })
 }
 
-/// Has the controllers handed down to the group of all VMs: that of processors, and that of memory where there is one.
-fn prepare(root: &Path) -> io::Result<PathBuf> {
+/// Has the controllers handed down to the group of all VMs: that of processors, and two others where they are.
+fn prepare(root: &Path) -> io::Result<Group> {
     let offered = std::fs::read_to_string(root.join("cgroup.controllers"))?;
     let offered = |wanted: &str| offered.split_whitespace().any(|controller| controller == wanted);
     if !offered("cpu") {
@@ -79,15 +95,20 @@ fn prepare(root: &Path) -> io::Result<PathBuf> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
+    let mut no_cpuset = (!offered("cpuset")).then(|| "the cpuset controller is not offered".to_owned());
     for parent in [root, &group] {
         hand_down(parent, "cpu")?;
+        if no_cpuset.is_none() {
+            let handed = hand_down(parent, "cpuset");
+            no_cpuset = handed.err().map(|error| format!("{}: {error}", parent.display()));
+        }
         if offered("memory")
             && let Err(error) = hand_down(parent, "memory")
         {
             tracing::debug!("{}: VMs' memory is not limited: {error}", parent.display());
         }
     }
-    Ok(group)
+    Ok(Group { path: group, no_cpuset })
 }
 
 fn hand_down(parent: &Path, controller: &str) -> io::Result<()> {
@@ -117,6 +138,29 @@ impl Cgroup {
             self.write("memory.max", &most_memory(spec).to_string())?;
         }
         Ok(())
+    }
+
+    /// Keeps it to these processors; an empty list leaves that to the group above. A group without the controller uses all.
+    ///
+    /// # Errors
+    /// What the kernel refused, in words for the operator; it is not asked again for the same. It refuses an empty list
+    /// where there are processes and a list (`validate_change` of kernel/cgroup/cpuset.c).
+    pub fn keep_to(&mut self, cpus: &[usize]) -> Result<(), String> {
+        if self.kept_to.as_deref() == Some(cpus) {
+            return Ok(());
+        }
+        let Ok(before) = std::fs::read_to_string(self.path.join("cpuset.cpus")) else { return Ok(()) };
+        self.kept_to = Some(cpus.to_vec());
+        if cpus.is_empty() && before.trim().is_empty() {
+            return Ok(());
+        }
+        let list: Vec<_> = cpus.iter().map(ToString::to_string).collect();
+        self.write("cpuset.cpus", &format!("{}\n", list.join(",")))
+    }
+
+    /// The processors that it was told to keep to, if it was told any.
+    pub fn kept_to(&self) -> &[usize] {
+        self.kept_to.as_deref().unwrap_or_default()
     }
 
     /// Puts a process with all its threads into it.
@@ -190,6 +234,34 @@ mod tests {
         let enabled = std::fs::read_to_string(root.path().join("switchyard/cgroup.subtree_control")).unwrap();
         // A plain file keeps what was written last.
         assert_eq!(enabled, "+memory");
+    }
+
+    #[test]
+    fn group_is_kept_to_processors_where_there_is_a_controller() {
+        let root = hierarchy("cpuset cpu memory\n");
+        let cgroups = Cgroups::below(root.path());
+        assert_eq!(cgroups.no_cpuset(), None);
+        let mut group = cgroups.group("web").unwrap();
+        group.keep_to(&[0, 2]).unwrap();
+        let file = group.path().join("cpuset.cpus");
+        assert!(!file.exists() && group.kept_to().is_empty(), "a kernel's group has the file from the start");
+        std::fs::write(&file, "").unwrap();
+        group.keep_to(&[0, 2]).unwrap();
+        assert_eq!(
+            (std::fs::read_to_string(&file).unwrap().as_str(), group.kept_to()),
+            ("0,2\n", &[0, 2][..])
+        );
+        std::fs::write(&file, "unlike").unwrap();
+        group.keep_to(&[0, 2]).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "unlike", "it is not written again");
+        group.keep_to(&[]).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "\n");
+        std::fs::write(&file, "").unwrap();
+        cgroups.group("web").unwrap().keep_to(&[]).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "", "what is empty is not emptied");
+        let root = hierarchy("cpu memory\n");
+        assert_eq!(Cgroups::below(root.path()).no_cpuset(), Some("the cpuset controller is not offered"));
+        assert_eq!(Cgroups::none("a test").no_cpuset(), None, "that there are no groups says it all");
     }
 
     #[test]

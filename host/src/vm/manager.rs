@@ -4,17 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hypervisor::control::Command;
 use vswitch::error::FabricError;
-use vswitch::fabric::PortChange;
 
 use super::Settings;
 use super::directory::{Directory, Record};
 use super::error::VmError;
-use super::report::VmReport;
-use super::spec::{NicSpec, VmChange, VmSpec};
+use super::report::{VmReport, VmState};
+use super::spec::{NicChange, NicSpec, VmChange, VmSpec};
 use super::supervisor::{Mailbox, Order, Reply, Supervisor};
 use crate::config::check_name;
 
@@ -31,6 +30,8 @@ pub struct Manager {
 #[derive(Debug)]
 struct Machine {
     mailbox: Mailbox,
+    /// As it was first defined: what is shown of it while its supervisor does not answer.
+    spec: VmSpec,
     thread: JoinHandle<()>,
 }
 
@@ -109,11 +110,11 @@ impl Manager {
         }
         let name = spec.name.clone();
         let (mailbox, queue) = Mailbox::new()?;
-        let supervisor = Supervisor::new(Arc::clone(&self.settings), spec, mailbox.clone(), queue);
+        let supervisor = Supervisor::new(Arc::clone(&self.settings), spec.clone(), mailbox.clone(), queue);
         let thread = std::thread::Builder::new().name(format!("vm-{name}"));
         let thread = thread.spawn(move || supervisor.run(record));
         let thread = thread.map_err(|error| VmError::io("a supervisor thread", error))?;
-        machines.insert(name, Machine { mailbox, thread });
+        machines.insert(name, Machine { mailbox, spec, thread });
         Ok(())
     }
 
@@ -163,7 +164,34 @@ impl Manager {
         let names: Vec<String> = self.lock().keys().cloned().collect();
         // All are asked before the first is waited for.
         let asked: Vec<_> = names.iter().map(|name| (name, self.order(name, Order::Show))).collect();
-        asked.into_iter().filter_map(|(name, asked)| wait(name, &asked.ok()?).ok()).collect()
+        let until = Instant::now() + self.settings.patience.list;
+        let answer =
+            |(name, asked): (&String, Result<mpsc::Receiver<Result<VmReport, VmError>>, _>)| match asked
+                .ok()?
+                .recv_timeout(until.saturating_duration_since(Instant::now()))
+            {
+                Ok(outcome) => outcome.ok(),
+                Err(mpsc::RecvTimeoutError::Timeout) => self.unknown(name),
+                Err(mpsc::RecvTimeoutError::Disconnected) => None,
+            };
+        asked.into_iter().filter_map(answer).collect()
+    }
+
+    /// A VM of which nothing is heard.
+    fn unknown(&self, name: &str) -> Option<VmReport> {
+        let machines = self.lock();
+        let mut report = VmReport::new(&machines.get(name)?.spec, &Directory::new(&self.settings.root, name));
+        report.state = VmState::Unknown;
+        report.warnings.push("its supervisor does not answer; it is shown as it was first defined".into());
+        Some(report)
+    }
+
+    /// What the host does not do for any VM, a sentence each.
+    pub fn warnings(&self) -> Vec<String> {
+        let missing = self.settings.cgroups.no_cpuset().filter(|_| !self.lock().is_empty());
+        let missing = missing
+            .map(|reason| format!("VMs are not kept off the processors on which the switch polls: {reason}"));
+        missing.into_iter().collect()
     }
 
     /// How a VM is.
@@ -222,11 +250,11 @@ impl Manager {
         self.outcome(name, |reply| Order::RemoveNic(nic.to_owned(), reply))
     }
 
-    /// Changes an adapter's port.
+    /// Changes an adapter and its port.
     ///
     /// # Errors
-    /// If there is none, or a value does not do.
-    pub fn change_nic(&self, name: &str, nic: &str, change: PortChange) -> Result<(), VmError> {
+    /// If there is none, a value does not do, or the VM must be off for it.
+    pub fn change_nic(&self, name: &str, nic: &str, change: NicChange) -> Result<(), VmError> {
         self.outcome(name, |reply| Order::ChangeNic(nic.to_owned(), change, reply))
     }
 

@@ -11,7 +11,7 @@
 //! | `supervisor`, `run`, `ending`, `nics`, `show` | the thread of one VM: what it hears, how runs begin and end, adapters, answers |
 //! | `process`, `link` | the worker: its process, its control connection |
 //! | `directory` | a VM's directory |
-//! | `cgroup` | its share of the host's processors |
+//! | `cgroup`, `parking` | its share of the host's processors, and which it leaves to the switch |
 //! | `network`, `wiring` | what VMs need of the switch, and the switch |
 //! | `report` | what an operator is shown |
 
@@ -24,6 +24,7 @@ mod link;
 mod manager;
 mod network;
 mod nics;
+mod parking;
 mod process;
 mod report;
 mod run;
@@ -44,6 +45,7 @@ pub use error::VmError;
 pub use manager::Manager;
 pub use network::{Channels, Network, Nics, OnEnd};
 pub use nics::MAX_NICS;
+pub use parking::Parking;
 pub use process::Launcher;
 pub use report::{
     CpuReport, ExitReport, FaultReport, GuestReport, MemoryReport, NicReport, VmReport, VmState,
@@ -64,7 +66,9 @@ pub struct Settings {
     /// The host's control groups.
     pub cgroups: Cgroups,
     /// Processors of the host.
-    pub cpus: usize,
+    pub cpus: Vec<usize>,
+    /// Which of them VMs leave to the switch.
+    pub parking: Parking,
     /// How long to wait for what.
     pub patience: Patience,
     /// Percent of a processor that running VMs have reserved.
@@ -80,6 +84,8 @@ pub struct Patience {
     pub answer: Duration,
     /// For a worker to tell how it is.
     pub look: Duration,
+    /// For a supervisor to tell how its VM is, when all are listed.
+    pub list: Duration,
     /// For a worker to end when asked.
     pub closing: Duration,
     /// Before the first restart; each further one waits twice as long.
@@ -96,6 +102,7 @@ impl Default for Patience {
             start: Duration::from_secs(18),
             answer: Duration::from_secs(15),
             look: Duration::from_secs(1),
+            list: Duration::from_secs(5),
             closing: Duration::from_secs(5),
             restart: Duration::from_secs(1),
             slowest: Duration::from_secs(60),
@@ -115,7 +122,7 @@ impl Settings {
         let wanted = u64::from(spec.cpu.reserve) * u64::from(spec.vcpus);
         let others: u64 =
             reserves.iter().filter(|(name, _)| **name != spec.name).map(|(_, amount)| amount).sum();
-        let host = 100 * u64::try_from(self.cpus).unwrap_or(u64::MAX / 100);
+        let host = 100 * u64::try_from(self.cpus.len()).unwrap_or(u64::MAX / 100);
         if wanted > 0 && others.saturating_add(wanted) > host {
             let free = host.saturating_sub(others);
             let problem = format!(

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmq::worker::Activity;
 use vswitch::error::FabricError;
 use vswitch::fabric::PortChange;
 
@@ -32,7 +33,10 @@ impl Nics {
 }
 
 /// A connection over which a VM's channels are served; dropping it ends the service, not the channels.
-pub trait Channels: Send + Debug {}
+pub trait Channels: Send + Debug {
+    /// Plugs the cable of a synthetic adapter in or out; false if there is no such adapter, or none yet.
+    fn set_link(&self, nic: &str, up: bool) -> bool;
+}
 
 /// Called once when the service of a VM's channels has ended, with the reason.
 pub type OnEnd = Box<dyn FnOnce(String) + Send>;
@@ -56,6 +60,9 @@ pub trait Network: Send + Sync + Debug + 'static {
     /// # Errors
     /// If it is not there, or a value does not do.
     fn change(&self, vm: &str, nic: &NicSpec, change: PortChange) -> Result<(), FabricError>;
+
+    /// What the switch's workers do now, by processor.
+    fn activity(&self) -> Vec<(usize, Activity)>;
 
     /// Connects an emulated adapter; the worker's end of the socket is returned.
     ///

@@ -1,10 +1,12 @@
 //! Adapters that come, go and change while their VM lives.
 
+use std::time::Instant;
+
 use hypervisor::control::{Command, NicKind};
 use vswitch::fabric::PortChange;
 
 use super::error::VmError;
-use super::spec::{NicSpec, VmSpec};
+use super::spec::{LinkState, NicChange, NicSpec, VmSpec};
 use super::supervisor::{Life, Pending, Reply, Supervisor};
 
 /// Adapters of one VM at most.
@@ -66,6 +68,7 @@ impl Supervisor {
     /// The guest has it.
     pub fn nic_added(&mut self, nic: NicSpec, reply: &Reply<()>) {
         self.change_specs(|spec| spec.nics.push(nic.clone()));
+        self.link_wanted(&nic.name);
         let _ = reply.send(self.write_record());
     }
 
@@ -99,21 +102,91 @@ impl Supervisor {
         let _ = reply.send(self.write_record());
     }
 
-    /// Changes an adapter's port, now and for later starts.
-    pub fn change_nic(&mut self, name: &str, change: PortChange) -> Result<(), VmError> {
-        let nic = self.nics.find(name).ok_or_else(|| VmError::no_nic(name))?;
-        let changed = self.settings.network.change(&self.spec.name, &nic, change.clone());
-        changed.map_err(|source| VmError::Port { nic: nic.name.clone(), source })?;
+    /// Changes an adapter and its port, now and for later starts.
+    pub fn change_nic(&mut self, name: &str, change: &NicChange, reply: Reply<()>) {
         let apply = |nic: &mut NicSpec| {
-            nic.mtu = change.mtu.unwrap_or(nic.mtu);
-            nic.vlan = change.vlan.clone().unwrap_or_else(|| nic.vlan.clone());
-            nic.spoofing = change.spoofing.unwrap_or(nic.spoofing);
-            nic.coalesce = change.coalesce.unwrap_or(nic.coalesce);
-            nic.address_limit = change.address_limit.unwrap_or(nic.address_limit);
+            let port = &change.port;
+            nic.mac = change.mac.map_or_else(|| nic.mac.clone(), |mac| mac.to_string());
+            nic.link = change.link.unwrap_or(nic.link);
+            nic.mtu = port.mtu.unwrap_or(nic.mtu);
+            nic.vlan = port.vlan.clone().unwrap_or_else(|| nic.vlan.clone());
+            nic.spoofing = port.spoofing.unwrap_or(nic.spoofing);
+            nic.coalesce = port.coalesce.unwrap_or(nic.coalesce);
+            nic.address_limit = port.address_limit.unwrap_or(nic.address_limit);
         };
-        self.nics.lock().iter_mut().filter(|nic| nic.name == name).for_each(apply);
-        self.change_specs(|spec| spec.nics.iter_mut().filter(|nic| nic.name == name).for_each(apply));
-        self.write_record()
+        let nic = self.nics.find(name).ok_or_else(|| VmError::no_nic(name));
+        let changed = nic.and_then(|nic| {
+            let mut wanted = nic.clone();
+            apply(&mut wanted);
+            match nic.mac == wanted.mac {
+                true => self.change_port(&nic, &change.port),
+                false => self.exchange(&nic, &wanted),
+            }?;
+            self.nics.lock().iter_mut().filter(|nic| nic.name == name).for_each(apply);
+            self.change_specs(|spec| spec.nics.iter_mut().filter(|nic| nic.name == name).for_each(apply));
+            self.write_record().map(|()| nic.kind)
+        });
+        match (changed, change.link, &self.life) {
+            (Ok(NicKind::Legacy), Some(link), Life::Running(_)) => {
+                let command = Command::SetLink { name: name.to_owned(), up: link == LinkState::Up };
+                self.request(command, &[], self.settings.patience.answer, Pending::Command(reply));
+            }
+            (changed, ..) => {
+                self.link_wanted(name);
+                let _ = reply.send(changed.map(|_| ()));
+            }
+        }
+    }
+
+    fn change_port(&self, nic: &NicSpec, change: &PortChange) -> Result<(), VmError> {
+        if *change == PortChange::default() {
+            return Ok(());
+        }
+        let changed = self.settings.network.change(&self.spec.name, nic, change.clone());
+        changed.map_err(|source| VmError::Port { nic: nic.name.clone(), source })
+    }
+
+    /// Puts a port with another address in the place of the one that is there.
+    fn exchange(&self, nic: &NicSpec, wanted: &NicSpec) -> Result<(), VmError> {
+        if let Life::Running(_) = self.life {
+            return Err(self.wrong_state(
+                "off: drivers ask for an adapter's address when they start; or remove the adapter, and add it with the other address",
+            ));
+        }
+        let same = |other: &NicSpec| {
+            (&other.mac, &other.switch, &other.vlan) == (&wanted.mac, &wanted.switch, &wanted.vlan)
+        };
+        if let Some(other) = self.nics.lock().iter().find(|other| other.name != nic.name && same(other)) {
+            let problem =
+                format!("{} is the address of {} already, expected another", wanted.mac, other.name);
+            return Err(VmError::Invalid { key: "mac", problem });
+        }
+        let (network, vm) = (&self.settings.network, &self.spec.name);
+        // A port that somebody removed already is as good.
+        let _ = network.unplug(vm, nic);
+        network.plug(vm, wanted).map_err(|source| {
+            let _ = network.plug(vm, nic);
+            VmError::Port { nic: nic.name.clone(), source }
+        })
+    }
+
+    /// The switch is to be told of this adapter's link.
+    fn link_wanted(&mut self, name: &str) {
+        let now = Instant::now();
+        if let Life::Running(run) = &mut self.life {
+            run.channels.links.wanted(name, now);
+        }
+        self.set_links(now);
+    }
+
+    /// Tells the switch of links, while any is down again and again: an adapter that it serves anew has its link up.
+    pub fn set_links(&mut self, now: Instant) {
+        let Life::Running(run) = &mut self.life else { return };
+        if run.channels.links_due().is_some_and(|due| due <= now) {
+            // A copy: no lock is held while the switch is told.
+            let nics = self.nics.lock().clone();
+            run.channels.set_links(&nics, now);
+        }
     }
 
     /// The definition, and what runs.

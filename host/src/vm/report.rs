@@ -8,7 +8,7 @@ use hypervisor::control::{
 use serde::Serialize;
 use vswitch::spec::{PrivateVlan, VlanMode};
 
-use super::spec::{NicSpec, RestartPolicy, VmSpec, port_name};
+use super::spec::{LinkState, NicSpec, RestartPolicy, VmSpec, port_name};
 
 /// Where a VM's life stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -28,6 +28,8 @@ pub enum VmState {
     Stopping,
     /// It ended unasked, and will be started again.
     Waiting,
+    /// Its supervisor does not answer.
+    Unknown,
 }
 
 impl VmState {
@@ -41,6 +43,7 @@ impl VmState {
             Self::Crashed => "crashed",
             Self::Stopping => "stopping",
             Self::Waiting => "waiting",
+            Self::Unknown => "unknown",
         }
     }
 }
@@ -125,6 +128,8 @@ pub struct CpuReport {
     pub pin: Vec<usize>,
     /// What the guest is told of the processor.
     pub baseline: Option<Baseline>,
+    /// Processors that it is kept to, so that the switch polls undisturbed on the others; none if it may use all.
+    pub allowed: Vec<usize>,
     /// Its control group, if there is one.
     pub cgroup: Option<PathBuf>,
 }
@@ -150,6 +155,8 @@ pub struct NicReport {
     pub mtu: u16,
     /// Channels at most.
     pub queues: u16,
+    /// Its link, as the operator wants it.
+    pub link: LinkState,
     /// Channels open now.
     pub channels: u16,
     /// The switch serves it.
@@ -211,6 +218,7 @@ impl VmReport {
                 weight: spec.cpu.weight,
                 pin: spec.cpu.pin.clone(),
                 baseline: spec.cpu.baseline,
+                allowed: Vec::new(),
                 cgroup: None,
             },
             kernel: spec.kernel.clone(),
@@ -269,6 +277,7 @@ impl NicReport {
             private: nic.private,
             mtu: nic.mtu,
             queues: nic.queues,
+            link: nic.link,
             channels: 0,
             connected: false,
         }

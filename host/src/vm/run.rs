@@ -1,23 +1,30 @@
 //! How a run of a VM begins: started by an operator or by the restart policy, or taken back from an earlier daemon.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant, SystemTime};
 
 use hypervisor::control::{Command, NicKind, State, Status};
 use vswitch::error::FabricError;
 
+use super::Settings;
 use super::directory::Record;
 use super::error::VmError;
 use super::link::Link;
 use super::network::Channels;
 use super::process::Process;
-use super::spec::{RestartPolicy, VmSpec};
+use super::spec::{LinkState, NicSpec, RestartPolicy, VmSpec};
 use super::supervisor::{Life, Order, Pending, Reply, Supervisor};
 
 /// Events of a run that go to the log: a guest may cause them without end.
 const LOGGED: u32 = 100;
 /// Longest wait before the next attempt at a worker's channels.
 const SLOWEST_RETRY: Duration = Duration::from_secs(5);
+/// A service that lasted so long was no failure: the next attempt comes soon.
+const STEADY: Duration = Duration::from_secs(10);
+/// How soon, and how late, links are told again of adapters that the switch does not serve yet.
+const SOON: Duration = Duration::from_millis(10);
+const LATE: Duration = Duration::from_secs(1);
 
 /// What a run is to come to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,11 +108,63 @@ pub(super) struct Service {
     generation: u64,
     retry: Option<Instant>,
     failures: u32,
+    since: Option<Instant>,
+    pub links: Links,
     /// Why there is none.
     pub reason: Option<String>,
 }
 
+/// Which adapters' links the switch has been told of, and when it is told next.
+#[derive(Debug, Default)]
+pub(super) struct Links {
+    up: BTreeSet<String>,
+    at: Option<Instant>,
+    wait: Duration,
+}
+
+impl Links {
+    /// An adapter has come, or its link is to change.
+    pub fn wanted(&mut self, name: &str, now: Instant) {
+        self.up.remove(name);
+        (self.at, self.wait) = (Some(now), SOON);
+    }
+}
+
 impl Service {
+    /// The switch serves the channels from now on.
+    fn begun(&mut self, connection: Box<dyn Channels>, now: Instant) {
+        (self.connection, self.since) = (Some(connection), Some(now));
+        (self.retry, self.reason) = (None, None);
+        self.links = Links { at: Some(now), wait: SOON, ..Links::default() };
+    }
+
+    /// When [`Service::set_links`] has something to do.
+    pub fn links_due(&self) -> Option<Instant> {
+        self.connection.as_ref().and(self.links.at)
+    }
+
+    /// Tells the switch of links.
+    pub fn set_links(&mut self, nics: &[NicSpec], now: Instant) {
+        let (Some(connection), Links { up: told, at, wait }) = (&self.connection, &mut self.links) else {
+            return;
+        };
+        let (mut missing, mut down) = (false, false);
+        for nic in nics.iter().filter(|nic| nic.kind == NicKind::Synthetic) {
+            if told.contains(&nic.name) {
+                continue;
+            }
+            let up = nic.link == LinkState::Up;
+            match connection.set_link(&nic.name, up) {
+                true if up => drop(told.insert(nic.name.clone())),
+                true => {}
+                false => missing = true,
+            }
+            down |= !up;
+        }
+        *wait = if missing { (*wait * 2).min(LATE) } else { LATE };
+        *at = (missing || down).then(|| now + *wait);
+    }
+
     /// When it is to be tried again.
     pub fn retry_at(&self) -> Option<Instant> {
         self.retry
@@ -119,6 +178,9 @@ impl Service {
     fn failed(&mut self, reason: String) {
         self.connection = None;
         self.reason = Some(reason);
+        if self.since.take().is_some_and(|since| since.elapsed() >= STEADY) {
+            self.failures = 0;
+        }
         let delay = Duration::from_millis(100) * 2u32.saturating_pow(self.failures.min(6));
         self.failures = self.failures.saturating_add(1);
         self.retry = Some(Instant::now() + delay.min(SLOWEST_RETRY));
@@ -212,7 +274,24 @@ impl Supervisor {
 
     fn join_cgroup(&mut self, spec: &VmSpec) {
         let group = self.settings.cgroups.group(&spec.name);
-        self.cgroup = group.and_then(|group| group.apply(spec, self.settings.cpus).map(|()| group));
+        self.cgroup = group.and_then(|group| group.apply(spec, self.settings.cpus.len()).map(|()| group));
+        self.make_way(spec.cpu.pin.is_empty(), Instant::now());
+    }
+
+    /// Keeps the VM off the processors on which the switch polls, if it is `free` to run anywhere.
+    pub fn make_way(&mut self, free: bool, now: Instant) {
+        let Settings { parking, network, cpus, .. } = &*self.settings;
+        let Ok(group) = &mut self.cgroup else { return };
+        let mut allowed = Vec::new();
+        if free {
+            allowed = parking.allowed(now, cpus, || network.activity());
+            if allowed.is_empty() {
+                allowed.clone_from(cpus);
+            }
+        }
+        if let Err(error) = group.keep_to(&allowed) {
+            tracing::warn!("VM {}: {error}", self.spec.name);
+        }
     }
 
     /// The guest runs.
@@ -256,6 +335,11 @@ impl Supervisor {
         let Life::Running(run) = &self.life else { return };
         let nics: Vec<_> = run.spec.nics.iter().filter(|nic| nic.kind == NicKind::Legacy).cloned().collect();
         for nic in nics {
+            // Before its cable is in, so that its guest never sees it up.
+            if nic.link == LinkState::Down {
+                let command = Command::SetLink { name: nic.name.clone(), up: false };
+                self.request(command, &[], self.settings.patience.answer, Pending::Nothing);
+            }
             match self.settings.network.connect_legacy(&self.spec.name, &nic) {
                 Ok(socket) => {
                     let command = Command::ConnectLegacy { name: nic.name };
@@ -281,10 +365,7 @@ impl Supervisor {
         });
         let socket = self.directory.channels();
         match self.settings.network.serve_channels(&self.spec.name, self.nics.clone(), &socket, on_end) {
-            Ok(connection) => {
-                run.channels.connection = Some(connection);
-                (run.channels.retry, run.channels.reason) = (None, None);
-            }
+            Ok(connection) => run.channels.begun(connection, now),
             Err(reason) => run.channels.failed(reason),
         }
     }
@@ -371,5 +452,65 @@ impl Supervisor {
             started: run.started,
             restarts: self.restarts,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::spec;
+    use super::*;
+
+    /// Serves no adapter before it is told of it for the third time.
+    #[derive(Debug, Default)]
+    struct Slow(std::sync::Arc<std::sync::Mutex<Vec<bool>>>);
+
+    impl Channels for Slow {
+        fn set_link(&self, _: &str, up: bool) -> bool {
+            let mut told = self.0.lock().unwrap();
+            told.push(up);
+            told.len() >= 3
+        }
+    }
+
+    #[test]
+    fn link_is_told_until_it_is_heard_and_one_that_is_down_once_a_second() {
+        let mut nics = spec("web").nics;
+        nics[0].link = LinkState::Down;
+        let (mut service, channels) = (Service::default(), Slow::default());
+        let (told, mut now) = (std::sync::Arc::clone(&channels.0), Instant::now());
+        service.begun(Box::new(channels), now);
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            service.set_links(&nics, now);
+            waits.push(service.links_due().unwrap() - now);
+            now = service.links_due().unwrap();
+        }
+        assert_eq!(waits, [SOON * 2, SOON * 4, LATE, LATE, LATE]);
+        assert_eq!(*told.lock().unwrap(), [false; 5]);
+        nics[0].link = LinkState::Up;
+        service.links.wanted("eth0", now);
+        service.set_links(&nics, now);
+        assert_eq!(service.links_due(), None, "nothing more to tell");
+        assert_eq!(told.lock().unwrap().last(), Some(&true));
+        service.links.wanted("eth0", now);
+        service.close();
+        assert_eq!(service.links_due(), None, "nobody to tell");
+    }
+
+    #[test]
+    fn service_that_lasted_is_begun_again_soon_however_often_it_failed_before() {
+        let mut service = Service::default();
+        let wait = |service: &mut Service| {
+            service.failed("broken".into());
+            service.retry_at().unwrap().duration_since(Instant::now())
+        };
+        for _ in 0..8 {
+            wait(&mut service);
+        }
+        assert!(wait(&mut service) > Duration::from_secs(1));
+        service.begun(Box::new(Slow::default()), Instant::now());
+        assert!(wait(&mut service) > Duration::from_secs(1), "it did not last");
+        service.begun(Box::new(Slow::default()), Instant::now() - STEADY);
+        assert!(wait(&mut service) <= Duration::from_millis(100));
     }
 }

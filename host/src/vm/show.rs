@@ -58,7 +58,11 @@ impl Supervisor {
             _ => run.complaint.clone(),
         };
         match &self.cgroup {
-            Ok(group) => report.cpu.cgroup = Some(group.path().to_owned()),
+            Ok(group) => {
+                report.cpu.cgroup = Some(group.path().to_owned());
+                let kept = Some(group.kept_to()).filter(|kept| kept.len() < self.settings.cpus.len());
+                report.cpu.allowed = kept.unwrap_or_default().to_vec();
+            }
             Err(reason) => report.warnings.push(format!(
                 "processor weight, limit and reserve are not in force: no control group: {reason}"
             )),
@@ -96,10 +100,14 @@ impl Supervisor {
             let _ = reply.send(Err(self.wrong_state("running")));
             return;
         };
-        if let Command::Shutdown { reboot } = command {
-            run.off_wanted = !reboot;
-        }
-        self.request(command, &[], self.settings.patience.answer, Pending::Command(reply));
+        let pending = match command {
+            // A guest may be quicker than the answer.
+            Command::Shutdown { reboot } => {
+                Pending::Shutdown(reply, std::mem::replace(&mut run.off_wanted, !reboot))
+            }
+            _ => Pending::Command(reply),
+        };
+        self.request(command, &[], self.settings.patience.answer, pending);
     }
 
     /// Changes memory and share of the processors, now and for later starts.
@@ -121,7 +129,7 @@ impl Supervisor {
                 let mut running = run.spec.clone();
                 apply(&mut running);
                 let kept = self.settings.reserve(&running).and_then(|()| match &self.cgroup {
-                    Ok(group) => group.apply(&running, self.settings.cpus).map_err(VmError::Refused),
+                    Ok(group) => group.apply(&running, self.settings.cpus.len()).map_err(VmError::Refused),
                     // `show` says that there is none.
                     Err(_) => Ok(()),
                 });

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use hypervisor::control::{Baseline, Memory, Nic, NicKind, Services};
 use serde::{Deserialize, Serialize};
+use vmq::Mac;
+use vswitch::fabric::PortChange;
 use vswitch::spec::{PrivateVlan, VlanMode};
 
 use super::identity;
@@ -108,6 +110,20 @@ pub struct NicSpec {
     pub offloads: bool,
     /// TCP segments may be merged for the guest (RSC).
     pub coalesce: bool,
+    /// Its link, as the operator wants it.
+    #[serde(default)]
+    pub link: LinkState,
+}
+
+/// What a guest is shown of an adapter's link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkState {
+    /// The cable is in.
+    #[default]
+    Up,
+    /// The cable is out.
+    Down,
 }
 
 /// Name of the port of `vm`'s adapter `nic`.
@@ -126,6 +142,17 @@ impl NicSpec {
             queues: self.queues,
         }
     }
+}
+
+/// What may be changed of an adapter; none leaves a value as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NicChange {
+    /// See [`NicSpec::mac`]; only while the VM is off.
+    pub mac: Option<Mac>,
+    /// See [`NicSpec::link`].
+    pub link: Option<LinkState>,
+    /// Its port.
+    pub port: PortChange,
 }
 
 /// What may be changed of a VM while it runs; none leaves a value as it is.

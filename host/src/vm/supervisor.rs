@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use hypervisor::control::{Answer, Command, Event, Panic, State};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use vswitch::fabric::PortChange;
 
 use super::Settings;
 use super::cgroup::Cgroup;
@@ -17,7 +16,7 @@ use super::link::{Heard, Link};
 use super::network::Nics;
 use super::report::{FaultReport, VmReport};
 use super::run::Run;
-use super::spec::{NicSpec, VmChange, VmSpec};
+use super::spec::{NicChange, NicSpec, VmChange, VmSpec};
 
 /// How often logs are looked after while a VM runs.
 const TEND: Duration = Duration::from_secs(5);
@@ -44,7 +43,7 @@ pub(super) enum Order {
     Set(VmChange, Reply<()>),
     AddNic(NicSpec, Reply<()>),
     RemoveNic(String, Reply<()>),
-    ChangeNic(String, PortChange, Reply<()>),
+    ChangeNic(String, NicChange, Reply<()>),
     /// The VM is to be forgotten; it must be off.
     Delete(Reply<()>),
     /// The service of the channels of this generation ended.
@@ -85,6 +84,8 @@ pub(super) enum Pending {
     Start(Option<Reply<()>>),
     /// A command of the operator's.
     Command(Reply<()>),
+    /// A shutdown, and whether one was wanted before.
+    Shutdown(Reply<()>, bool),
     /// A look at the VM.
     Show(Reply<VmReport>),
     /// The first look at a VM that an earlier daemon started.
@@ -186,9 +187,7 @@ impl Supervisor {
             Order::Set(change, reply) => self.set(&change, reply),
             Order::AddNic(nic, reply) => self.add_nic(nic, reply),
             Order::RemoveNic(name, reply) => self.remove_nic(&name, reply),
-            Order::ChangeNic(name, change, reply) => {
-                let _ = reply.send(self.change_nic(&name, change));
-            }
+            Order::ChangeNic(name, change, reply) => self.change_nic(&name, &change, reply),
             Order::Delete(reply) => return !self.delete(&reply),
             Order::ChannelsEnded(generation, reason) => self.channels_ended(generation, reason),
             Order::Detach => return false,
@@ -209,13 +208,16 @@ impl Supervisor {
                     }
                     run.process.kill();
                 }
+                let free = run.spec.cpu.pin.is_empty();
                 let overdue = run.link.as_mut().map(|link| link.overdue(now)).unwrap_or_default();
                 for waiter in overdue {
                     self.unanswered(waiter);
                 }
                 self.serve_channels(now);
+                self.set_links(now);
                 if now.duration_since(self.tended) >= TEND {
                     self.tended = now;
+                    self.make_way(free, now);
                     if let Err(error) = self.directory.cut_logs() {
                         tracing::warn!("VM {}: its logs cannot be cut: {error}", self.spec.name);
                     }
@@ -231,7 +233,8 @@ impl Supervisor {
             Life::Waiting(until) => Some(*until),
             Life::Running(run) => {
                 let link = run.link.as_ref().and_then(Link::deadline);
-                let times = [run.kill_at, run.channels.retry_at(), link, Some(self.tended + TEND)];
+                let (retry, links) = (run.channels.retry_at(), run.channels.links_due());
+                let times = [run.kill_at, retry, links, link, Some(self.tended + TEND)];
                 times.into_iter().flatten().min()
             }
         }
@@ -335,6 +338,12 @@ impl Supervisor {
     pub fn refuse(&mut self, waiter: Pending, error: VmError) {
         match waiter {
             Pending::Start(reply) => self.start_failed(reply, &error),
+            Pending::Shutdown(reply, before) => {
+                if let Life::Running(run) = &mut self.life {
+                    run.off_wanted = before;
+                }
+                let _ = reply.send(Err(error));
+            }
             Pending::Command(reply) | Pending::RemoveNic(_, reply) | Pending::Memory(reply) => {
                 let _ = reply.send(Err(error));
             }
@@ -361,7 +370,7 @@ impl Supervisor {
         }
         match waiter {
             Pending::Start(reply) => self.started(reply),
-            Pending::Command(reply) | Pending::Memory(reply) => {
+            Pending::Command(reply) | Pending::Shutdown(reply, _) | Pending::Memory(reply) => {
                 let _ = reply.send(Ok(()));
             }
             Pending::Show(reply) => {

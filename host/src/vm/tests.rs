@@ -4,7 +4,7 @@ use hypervisor::control::{Memory, NicKind, Services};
 use vswitch::spec::{PortSpec, VlanMode};
 
 use super::identity;
-use super::spec::{CpuSpec, NicSpec, RestartPolicy, VmSpec};
+use super::spec::{CpuSpec, LinkState, NicSpec, RestartPolicy, VmSpec};
 
 /// A VM with one adapter.
 pub fn spec(name: &str) -> VmSpec {
@@ -29,6 +29,7 @@ pub fn spec(name: &str) -> VmSpec {
             address_limit: None,
             offloads: true,
             coalesce: true,
+            link: LinkState::Up,
         }],
         cpu: CpuSpec::default(),
         services: Services::default(),

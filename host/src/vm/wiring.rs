@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use hypervisor::control::NicKind;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vmq::worker::Activity;
 use vswitch::error::FabricError;
 use vswitch::fabric::{Fabric, PortChange};
 use vswitch::spec::{Attachment, PortSpec};
@@ -67,6 +68,15 @@ impl Network for Wiring {
         self.fabric.change_port(&nic.switch, &port_name(vm, &nic.name), change)
     }
 
+    fn activity(&self) -> Vec<(usize, Activity)> {
+        let activity = |state| match state {
+            "polling" => Activity::Polling,
+            "asleep" => Activity::Asleep,
+            _ => Activity::Parked,
+        };
+        self.fabric.report().workers.iter().map(|worker| (worker.cpu, activity(worker.state))).collect()
+    }
+
     fn connect_legacy(&self, vm: &str, nic: &NicSpec) -> Result<OwnedFd, FabricError> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
@@ -97,7 +107,11 @@ impl Network for Wiring {
     }
 }
 
-impl Channels for Link {}
+impl Channels for Link {
+    fn set_link(&self, nic: &str, up: bool) -> bool {
+        self.set_link(nic, up)
+    }
+}
 
 /// An error with its causes.
 fn in_full(error: LinkError) -> String {

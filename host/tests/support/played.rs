@@ -1,6 +1,7 @@
 //! A played worker: the test program itself, started by the daemon's code as if it were `yard-worker`. It speaks the control
 //! protocol over the real sockets, and has no guest: values given to the "guest" make things happen.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,12 +13,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use host::vm::spec::NicSpec;
-use host::vm::{Cgroups, Channels, Launcher, Manager, Network, Nics, OnEnd, Patience, Reserves, Settings};
+use host::vm::{
+    Cgroups, Channels, Launcher, Manager, Network, Nics, OnEnd, Parking, Patience, Reserves, Settings,
+};
 use hypervisor::control::{
     Answer, Command, Event, GuestStatus, Handle, Heartbeat, Line, MemoryStatus, NicStatus, Panic, Request,
     Response, Setup, State, Status,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use vmq::worker::Activity;
 use vswitch::error::FabricError;
 use vswitch::fabric::PortChange;
 
@@ -159,6 +163,9 @@ impl Worker {
                 return (Err("the VM is paused already".into()), Vec::new());
             }
             Command::Pause => self.become_state(State::Paused),
+            Command::Shutdown { .. } if self.values.iter().any(|(key, _)| key == "stubborn") => {
+                return (Err("the guest is busy".into()), Vec::new());
+            }
             Command::Shutdown { reboot: true } => self.become_state(State::Running),
             Command::Shutdown { reboot: false } => self.become_state(State::Off),
             Command::Show => return (Ok(Answer::Status(Box::new(self.status()))), Vec::new()),
@@ -180,6 +187,10 @@ impl Worker {
             }
             Command::SetMemory { bytes } => {
                 self.memory = bytes;
+                Vec::new()
+            }
+            Command::SetLink { name, up } => {
+                self.values.push((format!("link {name}"), up.to_string()));
                 Vec::new()
             }
             Command::Freeze => return (Err("the guest has no hv_vss_daemon".into()), Vec::new()),
@@ -275,7 +286,9 @@ fn echo(listener: UnixListener) {
 /// A switch that only remembers what it is told.
 #[derive(Debug, Default)]
 pub struct FakeNetwork {
-    pub said: Mutex<Vec<String>>,
+    pub said: Arc<Mutex<Vec<String>>>,
+    /// Held by whoever wants changes to take their time.
+    pub slow: Mutex<()>,
     ends: Mutex<Vec<Ended>>,
 }
 
@@ -290,9 +303,27 @@ impl std::fmt::Debug for Ended {
 
 /// A connection that is held.
 #[derive(Debug)]
-struct FakeChannels(#[allow(dead_code, reason = "held")] OwnedFd);
+struct FakeChannels {
+    _held: OwnedFd,
+    vm: String,
+    said: Arc<Mutex<Vec<String>>>,
+    down: Mutex<BTreeSet<String>>,
+}
 
-impl Channels for FakeChannels {}
+impl Channels for FakeChannels {
+    fn set_link(&self, nic: &str, up: bool) -> bool {
+        let mut down = self.down.lock().unwrap();
+        let changed = if up { down.remove(nic) } else { down.insert(nic.into()) };
+        if changed {
+            self.said.lock().unwrap().push(format!(
+                "link {}.{nic} {}",
+                self.vm,
+                if up { "up" } else { "down" }
+            ));
+        }
+        true
+    }
+}
 
 impl FakeNetwork {
     fn say(&self, text: String) {
@@ -325,7 +356,12 @@ impl Network for FakeNetwork {
         Ok(())
     }
 
+    fn activity(&self) -> Vec<(usize, Activity)> {
+        vec![(1, Activity::Polling)]
+    }
+
     fn change(&self, vm: &str, nic: &NicSpec, change: PortChange) -> Result<(), FabricError> {
+        drop(self.slow.lock().unwrap());
         self.say(format!("change {vm}.{} {:?}", nic.name, change.mtu));
         Ok(())
     }
@@ -349,7 +385,8 @@ impl Network for FakeNetwork {
         rustix::net::connect(&packets, &address).map_err(|error| error.to_string())?;
         self.say(format!("serve {vm} {}", nics.lock().len()));
         self.ends.lock().unwrap().push(Ended(on_end));
-        Ok(Box::new(FakeChannels(packets)))
+        let (said, down) = (Arc::clone(&self.said), Mutex::default());
+        Ok(Box::new(FakeChannels { _held: packets, vm: vm.into(), said, down }))
     }
 }
 
@@ -357,6 +394,7 @@ impl Network for FakeNetwork {
 pub fn manager(dir: &Path, network: Arc<FakeNetwork>) -> Manager {
     let patience = Patience {
         look: Duration::from_millis(300),
+        list: Duration::from_secs(2),
         answer: Duration::from_secs(2),
         start: Duration::from_secs(10),
         closing: Duration::from_millis(500),
@@ -369,7 +407,8 @@ pub fn manager(dir: &Path, network: Arc<FakeNetwork>) -> Manager {
         launcher: Launcher { program: program(dir), kvm: "/dev/null".into() },
         network,
         cgroups: Cgroups::none("this is a test"),
-        cpus: 2,
+        cpus: vec![0, 1],
+        parking: Parking::default(),
         patience,
         reserves: Reserves::default(),
     })

@@ -29,6 +29,7 @@ fn main() -> anyhow::Result<()> {
         .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .init();
+    die_of_panics();
     // As yardd starts it: everything comes over a socket.
     if std::env::args_os().len() == 1 {
         return worker::run();
@@ -37,4 +38,14 @@ fn main() -> anyhow::Result<()> {
         Arguments { standalone: true, options } => standalone::run(options),
         _ => anyhow::bail!("started by hand without --standalone"),
     }
+}
+
+/// A thread that panicked would leave the others waiting for it. The daemon says what the log ends with, and restarts the VM if
+/// its policy is so.
+fn die_of_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }

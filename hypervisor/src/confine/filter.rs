@@ -87,8 +87,8 @@ const DEVICES: &[c_long] = &[
     libc::SYS_preadv2,
 ];
 
-/// Threads, with their processors and filters; a pair of connected sockets.
-const CONTROL: &[c_long] = &[libc::SYS_seccomp, libc::SYS_sched_setaffinity, libc::SYS_socketpair];
+/// Filters of threads; a pair of connected sockets.
+const CONTROL: &[c_long] = &[libc::SYS_seccomp, libc::SYS_socketpair];
 
 /// Calls with a path fail with EACCES: glibc and the standard library make them by themselves, and live without.
 const PATHS: &[c_long] = &[
@@ -196,6 +196,8 @@ fn rules(class: Class) -> Result<Rules, BackendError> {
         let thread = number(libc::CLONE_THREAD | libc::CLONE_VM);
         when(&mut rules, libc::SYS_clone, &[(0, MaskedEq(thread), thread)])?;
         when(&mut rules, libc::SYS_prctl, &[(0, Eq, number(libc::PR_SET_NO_NEW_PRIVS))])?;
+        // Its own processors; an unprivileged worker could move the daemon's threads otherwise.
+        when(&mut rules, libc::SYS_sched_setaffinity, &[(0, Eq, 0)])?;
     }
     Ok(rules)
 }

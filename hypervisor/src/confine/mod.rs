@@ -20,7 +20,9 @@ use std::thread::JoinHandle;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr, RulesetStatus, Scope,
 };
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, setsid};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit, setsid,
+};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
@@ -28,9 +30,9 @@ use rustix::thread::{
 
 pub use filter::Class;
 
-/// Descriptors that a large VM opens at most: 64 processors with two each, and 8 adapters with two for each of
-/// 64 channels, make 1152.
-pub const DESCRIPTORS: u64 = 2048;
+/// Descriptors that a VM opens at most: two for each of 64 processors and of the 2047 channels that a VMBus has, and
+/// 512 for all else. A guest that opens every channel leaves enough to take a new daemon in.
+pub const DESCRIPTORS: u64 = 2 * 64 + 2 * 2047 + 512;
 
 /// Newest Landlock interface asked for; an older kernel gives what it has.
 const LANDLOCK: ABI = ABI::V6;
@@ -40,7 +42,7 @@ const LANDLOCK: ABI = ABI::V6;
 pub struct Limits<'a> {
     /// Descriptors handed over. All others above standard error are closed.
     pub keep: &'a [BorrowedFd<'a>],
-    /// Descriptors that may be open at once.
+    /// Descriptors that may be open at once, if the process may have so many.
     pub descriptors: u64,
     /// The process gets a session of its own, without terminal.
     pub session: bool,
@@ -172,7 +174,9 @@ pub fn process(limits: &Limits<'_>) -> Result<Report, ConfineError> {
     let closed = close_strays(limits.keep)?;
     let no_core = Rlimit { current: Some(0), maximum: Some(0) };
     setrlimit(Resource::Core, no_core).map_err(kernel("forbid core dumps"))?;
-    let few = Rlimit { current: Some(limits.descriptors), maximum: Some(limits.descriptors) };
+    let most =
+        getrlimit(Resource::Nofile).maximum.map_or(limits.descriptors, |most| most.min(limits.descriptors));
+    let few = Rlimit { current: Some(most), maximum: Some(most) };
     setrlimit(Resource::Nofile, few).map_err(kernel("limit descriptors"))?;
     let session = limits.session && own_session()?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)

@@ -1,7 +1,10 @@
-//! Processors that many hosts can present: the levels of the x86-64 psABI.
+//! Processors that many hosts can present: the levels of the x86-64 psABI, and models built on them.
 //!
 //! A baseline is a list of what *may* be shown (everything else is masked) and what *must* be there. Bits by which guests guard
-//! against speculation attacks stay as the host has them: hiding them would leave the guest unprotected.
+//! against speculation attacks stay as the host has them: hiding them would leave the guest unprotected. A model also has a
+//! maker, which must be the host's (calls into the kernel and registers differ), and the number and name of its kind.
+//! Features of models: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E. What Intel or AMD took back from
+//! processors in the field (TSX, MPX) and what a guest cannot have (topology of nodes, performance counters) is left out.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -72,6 +75,77 @@ const V4: &[Bit] = &[
     (7, Ebx, 31, "avx512vl"),
 ];
 
+const HASWELL: &[Bit] = &[
+    (1, Ecx, 1, "pclmulqdq"),
+    (1, Ecx, 17, "pcid"),
+    (1, Ecx, 25, "aes"),
+    (1, Ecx, 30, "rdrand"),
+    (7, Ebx, 0, "fsgsbase"),
+    (7, Ebx, 7, "smep"),
+    (7, Ebx, 9, "erms"),
+    (7, Ebx, 10, "invpcid"),
+    (0x8000_0001, Edx, 27, "rdtscp"),
+];
+
+const SKYLAKE: &[Bit] = &[
+    (7, Ebx, 18, "rdseed"),
+    (7, Ebx, 19, "adx"),
+    (7, Ebx, 20, "smap"),
+    (7, Ebx, 23, "clflushopt"),
+    (7, Ebx, 24, "clwb"),
+    (0x8000_0001, Ecx, 8, "3dnowprefetch"),
+    (0x8000_0001, Edx, 26, "pdpe1gb"),
+];
+
+const ICELAKE: &[Bit] = &[
+    (7, Ebx, 21, "avx512ifma"),
+    (7, Ebx, 29, "sha-ni"),
+    (7, Ecx, 1, "avx512vbmi"),
+    (7, Ecx, 2, "umip"),
+    (7, Ecx, 6, "avx512vbmi2"),
+    (7, Ecx, 8, "gfni"),
+    (7, Ecx, 9, "vaes"),
+    (7, Ecx, 10, "vpclmulqdq"),
+    (7, Ecx, 11, "avx512vnni"),
+    (7, Ecx, 12, "avx512bitalg"),
+    (7, Ecx, 14, "avx512vpopcntdq"),
+    (7, Ecx, 22, "rdpid"),
+    (7, Edx, 4, "fsrm"),
+];
+
+const NAPLES: &[Bit] = &[
+    (1, Ecx, 1, "pclmulqdq"),
+    (1, Ecx, 25, "aes"),
+    (1, Ecx, 30, "rdrand"),
+    (7, Ebx, 0, "fsgsbase"),
+    (7, Ebx, 7, "smep"),
+    (7, Ebx, 18, "rdseed"),
+    (7, Ebx, 19, "adx"),
+    (7, Ebx, 20, "smap"),
+    (7, Ebx, 23, "clflushopt"),
+    (7, Ebx, 29, "sha-ni"),
+    (0x8000_0001, Ecx, 6, "sse4a"),
+    (0x8000_0001, Ecx, 7, "misalignsse"),
+    (0x8000_0001, Ecx, 8, "3dnowprefetch"),
+    (0x8000_0001, Edx, 22, "mmxext"),
+    (0x8000_0001, Edx, 25, "fxsr-opt"),
+    (0x8000_0001, Edx, 26, "pdpe1gb"),
+    (0x8000_0001, Edx, 27, "rdtscp"),
+    (0x8000_0008, Ebx, 0, "clzero"),
+];
+
+const ROME: &[Bit] =
+    &[(7, Ebx, 24, "clwb"), (7, Ecx, 2, "umip"), (7, Ecx, 22, "rdpid"), (0x8000_0008, Ebx, 9, "wbnoinvd")];
+
+const MILAN: &[Bit] = &[
+    (1, Ecx, 17, "pcid"),
+    (7, Ebx, 9, "erms"),
+    (7, Ebx, 10, "invpcid"),
+    (7, Ecx, 9, "vaes"),
+    (7, Ecx, 10, "vpclmulqdq"),
+    (7, Edx, 4, "fsrm"),
+];
+
 /// What every level may show besides, where the host has it: (leaf, register, bits).
 const PLUMBING: &[(u32, Register, u32)] = &[
     // x2apic, deadline timer, osxsave (follows CR4), hypervisor.
@@ -101,20 +175,55 @@ const MASKED: &[(u32, &[Register])] = &[
 /// Performance counters, SGX, processor trace, tile registers, key locker; SVM, memory encryption.
 const GONE: &[u32] = &[0xa, 0x12, 0x14, 0x19, 0x1d, 0x1e, 0x8000_000a, 0x8000_001f, 0x8000_0021, 0x8000_0022];
 
-/// State components of leaf 0xD by level: x87 and SSE; AVX; AVX-512 (three).
-fn state_components(baseline: Baseline) -> u32 {
-    match baseline {
-        Baseline::V2 => 0,
-        Baseline::V3 => 0b111,
-        Baseline::V4 => 0b1110_0111,
-    }
+/// State components of leaf 0xD: x87 and SSE need none; AVX; AVX-512 (three).
+const AVX: u32 = 0b111;
+const AVX_512: u32 = 0b1110_0111;
+
+/// What a baseline shows and asks for.
+struct Shown {
+    sets: &'static [&'static [Bit]],
+    /// State components of leaf 0xD.
+    components: u32,
+    /// A level is no kind of its own: the host's is shown.
+    kind: Option<Kind>,
 }
 
-fn levels(baseline: Baseline) -> (&'static str, &'static [&'static [Bit]]) {
+/// A kind of processors: its maker, its family, model and stepping (leaf 1 EAX), and its name for people.
+#[derive(Clone, Copy)]
+struct Kind(Maker, u32, &'static str);
+
+/// The first four letters of a maker's identification (leaf 0 EBX), and what is missing on a host that has another.
+type Maker = (u32, &'static str);
+
+const INTEL: Maker = (u32::from_le_bytes(*b"Genu"), "Intel as its maker");
+const AMD: Maker = (super::AUTHENTIC_AMD, "AMD as its maker");
+
+fn shown(baseline: Baseline) -> Shown {
+    let level = |sets, components| Shown { sets, components, kind: None };
+    let model = |sets, components, kind| Shown { sets, components, kind: Some(kind) };
     match baseline {
-        Baseline::V2 => ("x86-64-v2", &[V1, V2]),
-        Baseline::V3 => ("x86-64-v3", &[V1, V2, V3]),
-        Baseline::V4 => ("x86-64-v4", &[V1, V2, V3, V4]),
+        Baseline::V2 => level(&[V1, V2], 0),
+        Baseline::V3 => level(&[V1, V2, V3], AVX),
+        Baseline::V4 => level(&[V1, V2, V3, V4], AVX_512),
+        Baseline::Nehalem => model(&[V1, V2], 0, Kind(INTEL, 0x1_06a5, "Intel Xeon 5500 (Nehalem)")),
+        Baseline::Haswell => {
+            model(&[V1, V2, V3, HASWELL], AVX, Kind(INTEL, 0x3_06f2, "Intel Xeon E5 v3 (Haswell)"))
+        }
+        Baseline::SkylakeServer => {
+            let kind = Kind(INTEL, 0x5_0654, "Intel Xeon Scalable (Skylake)");
+            model(&[V1, V2, V3, HASWELL, V4, SKYLAKE], AVX_512, kind)
+        }
+        Baseline::IcelakeServer => {
+            let kind = Kind(INTEL, 0x6_06a6, "Intel Xeon Scalable (Ice Lake)");
+            model(&[V1, V2, V3, HASWELL, V4, SKYLAKE, ICELAKE], AVX_512, kind)
+        }
+        Baseline::Epyc => model(&[V1, V2, V3, NAPLES], AVX, Kind(AMD, 0x80_0f12, "AMD EPYC 7001 (Naples)")),
+        Baseline::EpycRome => {
+            model(&[V1, V2, V3, NAPLES, ROME], AVX, Kind(AMD, 0x83_0f10, "AMD EPYC 7002 (Rome)"))
+        }
+        Baseline::EpycMilan => {
+            model(&[V1, V2, V3, NAPLES, ROME, MILAN], AVX, Kind(AMD, 0xa0_0f11, "AMD EPYC 7003 (Milan)"))
+        }
     }
 }
 
@@ -131,9 +240,14 @@ fn register(leaf: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
 /// # Errors
 /// [`Lacks`] lists the features of the baseline that are not there.
 pub fn apply(baseline: Baseline, leaves: &mut Vec<kvm_cpuid_entry2>) -> Result<(), Lacks> {
-    let (name, levels) = levels(baseline);
+    let Shown { sets, components, kind } = shown(baseline);
     let mut lacks = Vec::new();
-    for &(function, which, bit, feature) in levels.iter().copied().flatten() {
+    if let Some(Kind((maker, missing), ..)) = kind
+        && !leaves.iter().any(|leaf| leaf.function == 0 && leaf.ebx == maker)
+    {
+        lacks.push(missing);
+    }
+    for &(function, which, bit, feature) in sets.iter().copied().flatten() {
         let there = leaves
             .iter_mut()
             .find(|leaf| leaf.function == function && leaf.index == 0)
@@ -143,9 +257,8 @@ pub fn apply(baseline: Baseline, leaves: &mut Vec<kvm_cpuid_entry2>) -> Result<(
         }
     }
     if !lacks.is_empty() {
-        return Err(Lacks { baseline: name, lacks });
+        return Err(Lacks { baseline: baseline.name(), lacks });
     }
-    let components = state_components(baseline);
     leaves.retain(|leaf| !GONE.contains(&leaf.function) && (leaf.function != 7 || leaf.index == 0));
     leaves.retain(|leaf| match (leaf.function, leaf.index) {
         (0xd, 0 | 1) => components != 0,
@@ -153,12 +266,33 @@ pub fn apply(baseline: Baseline, leaves: &mut Vec<kvm_cpuid_entry2>) -> Result<(
         _ => true,
     });
     for leaf in leaves.iter_mut() {
-        mask(leaf, levels, components);
+        mask(leaf, sets, components);
+        if let Some(kind) = kind {
+            name(leaf, kind);
+        }
     }
     Ok(())
 }
 
-fn mask(leaf: &mut kvm_cpuid_entry2, levels: &[&[Bit]], components: u32) {
+/// Has a leaf say which kind of processor it is.
+fn name(leaf: &mut kvm_cpuid_entry2, Kind(maker, signature, brand): Kind) {
+    match leaf.function {
+        1 => leaf.eax = signature,
+        0x8000_0001 if maker == AMD => leaf.eax = signature,
+        // 48 bytes in three leaves, ending with zeros.
+        0x8000_0002..=0x8000_0004 => {
+            let start = 16 * (leaf.function - 0x8000_0002) as usize;
+            let word = |at: usize| {
+                let byte = |at: usize| brand.as_bytes().get(at).copied().unwrap_or(0);
+                u32::from_le_bytes(std::array::from_fn(|index| byte(start + 4 * at + index)))
+            };
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (word(0), word(1), word(2), word(3));
+        }
+        _ => {}
+    }
+}
+
+fn mask(leaf: &mut kvm_cpuid_entry2, sets: &[&[Bit]], components: u32) {
     match (leaf.function, leaf.index) {
         (7, 0) => leaf.eax = 0,
         (0xd, 0) => (leaf.eax, leaf.edx) = (leaf.eax & components, 0),
@@ -169,7 +303,7 @@ fn mask(leaf: &mut kvm_cpuid_entry2, levels: &[&[Bit]], components: u32) {
     let function = leaf.function;
     let Some((_, registers)) = MASKED.iter().find(|(masked, _)| *masked == function) else { return };
     for &which in *registers {
-        let features = levels.iter().copied().flatten();
+        let features = sets.iter().copied().flatten();
         let features =
             features.filter(|bit| bit.0 == function && bit.1 == which).fold(0, |all, bit| all | (1 << bit.2));
         let plumbing = PLUMBING.iter().filter(|(of, on, _)| *of == function && *on == which);
@@ -194,7 +328,7 @@ mod tests {
         };
         [(0, 0), (1, 0), (7, 0), (7, 1), (0xd, 0), (0xd, 1), (0xd, 2), (0xd, 5), (0xd, 18), (0x14, 0)]
             .into_iter()
-            .chain([0x8000_0001, 0x8000_0007, 0x8000_0008, 0x8000_001f].map(|function| (function, 0)))
+            .chain((0x8000_0001..=0x8000_0008).chain([0x8000_001f]).map(|function| (function, 0)))
             .map(|(function, index)| full(function, index))
             .collect()
     }
@@ -243,5 +377,81 @@ mod tests {
             "this host's processor cannot present x86-64-v4: it lacks avx2, avx512f"
         );
         assert!(apply(Baseline::V2, &mut leaves).is_ok());
+    }
+
+    /// A host of `maker` that has everything.
+    fn host(maker: Maker) -> Vec<kvm_cpuid_entry2> {
+        let mut leaves = everything();
+        leaves[0].ebx = maker.0;
+        leaves
+    }
+
+    #[test]
+    fn models_show_their_kind_and_its_features_and_no_later_ones() {
+        let shown = |maker, baseline| {
+            let mut leaves = host(maker);
+            apply(baseline, &mut leaves).unwrap();
+            leaves
+        };
+        let haswell = shown(INTEL, Baseline::Haswell);
+        let one = leaf(&haswell, 1, 0).unwrap();
+        // Family 6, model 63, stepping 2.
+        assert_eq!((one.eax >> 8 & 15, one.eax >> 12 & 0xf0 | one.eax >> 4 & 15, one.eax & 15), (6, 63, 2));
+        assert_ne!(one.ecx & (1 << 25), 0, "aes");
+        let seven = leaf(&haswell, 7, 0).unwrap();
+        assert_eq!((seven.ebx & (1 << 18), seven.ecx), (0, 0), "rdseed came later");
+        assert!(leaf(&haswell, 0xd, 5).is_none());
+        let brand: Vec<u8> = (0x8000_0002..=0x8000_0004)
+            .filter_map(|function| leaf(&haswell, function, 0))
+            .flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat())
+            .collect();
+        assert!(brand.starts_with(b"Intel Xeon E5 v3 (Haswell)\0") && brand.len() == 48);
+
+        let icelake = shown(INTEL, Baseline::IcelakeServer);
+        assert_ne!(leaf(&icelake, 7, 0).unwrap().ecx & (1 << 11), 0, "avx512vnni");
+        assert!(leaf(&icelake, 0xd, 5).is_some());
+        assert_eq!(leaf(&icelake, 7, 0).unwrap().ebx & (1 << 11 | 1 << 4), 0, "no TSX");
+
+        let rome = shown(AMD, Baseline::EpycRome);
+        let extended = leaf(&rome, 0x8000_0001, 0).unwrap();
+        assert_eq!((leaf(&rome, 1, 0).unwrap().eax, extended.eax), (0x83_0f10, 0x83_0f10));
+        assert_ne!(extended.ecx & (1 << 6), 0, "sse4a");
+        assert_eq!(extended.ecx & (1 << 2), 0, "svm");
+        assert_eq!(leaf(&rome, 7, 0).unwrap().ebx & (1 << 16), 0, "avx512f");
+    }
+
+    #[test]
+    fn every_model_promises_what_it_shows_of_its_level() {
+        for &(name, baseline) in Baseline::NAMED {
+            let kind = shown(baseline).kind;
+            let mut leaves = host(kind.map_or(INTEL, |Kind(maker, ..)| maker));
+            assert_eq!(apply(baseline, &mut leaves), Ok(()), "{name}");
+            let again = leaves.clone();
+            assert_eq!(
+                apply(baseline, &mut leaves),
+                Ok(()),
+                "{name}: a guest's processor can present it again"
+            );
+            assert!(leaves == again, "{name}");
+            assert!(kind.is_none_or(|Kind(_, _, brand)| brand.len() < 48), "{name}");
+        }
+    }
+
+    #[test]
+    fn model_of_another_maker_or_with_features_that_are_missing_is_refused() {
+        let mut leaves = host(AMD);
+        let error = apply(Baseline::Haswell, &mut leaves).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "this host's processor cannot present haswell: it lacks Intel as its maker"
+        );
+        for leaf in leaves.iter_mut().filter(|leaf| leaf.function == 7) {
+            leaf.ecx = 0;
+        }
+        assert_eq!(
+            apply(Baseline::EpycMilan, &mut leaves).unwrap_err().lacks,
+            ["umip", "rdpid", "vaes", "vpclmulqdq"]
+        );
+        assert_eq!(apply(Baseline::Epyc, &mut leaves), Ok(()));
     }
 }

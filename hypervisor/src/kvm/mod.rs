@@ -9,6 +9,7 @@ mod vm;
 
 use std::ffi::c_ulong;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV, KVM_CAP_HYPERV_CPUID, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2,
@@ -89,6 +90,19 @@ pub struct Host {
     pub msr_filter: bool,
     /// Guests can be told of the local timer's deadline mode.
     pub deadline_timer: bool,
+}
+
+/// Whether the processor ends interrupts of guests by itself (APICv, AVIC), which only the kernel module's parameters tell.
+/// To be asked before the process gives up its files; what cannot be read is taken for a yes.
+pub fn virtualizes_apic() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    let says_no = |parameter: &str| {
+        let said = std::fs::read_to_string(format!("/sys/module/{parameter}"));
+        said.is_ok_and(|said| matches!(said.trim(), "N" | "0"))
+    };
+    *KNOWN.get_or_init(|| {
+        !["kvm_intel/parameters/enable_apicv", "kvm_amd/parameters/avic"].into_iter().any(says_no)
+    })
 }
 
 impl Host {

@@ -328,6 +328,29 @@ fn moved_event_flags_retarget_the_channels_of_that_processor() {
 }
 
 #[test]
+fn channel_without_interrupts_is_refused() {
+    const NONE: u32 = vmbus::protocol::NO_INTERRUPTS;
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    next(&switch);
+    let (relid, _doorbell) = opened(&bench, &switch, device);
+    bench.post(&[22, 0, relid, NONE]);
+    let (kind, answer) = bench.message();
+    assert!(kind == 24 && answer[1] != 0, "{answer:?}");
+    bench.post(&[7, 0, relid]);
+    assert!(matches!(next(&switch), FromVmm::Close { .. }));
+    switch.send(&FromSwitch::Closed { device, index: 0 }).unwrap();
+    let mut words = vec![5, 0, relid, relid, 7, NONE, 4];
+    words.resize(37, 0);
+    bench.post(&words);
+    let (kind, answer) = bench.message();
+    assert!(kind == 6 && answer[2] != 0, "{answer:?}");
+    assert!(bench.ties.0.lock().unwrap().is_empty());
+}
+
+#[test]
 fn messages_without_end_are_put_off_and_unknown_connections_refused() {
     let setup = Setup::default();
     let port = setup.port();

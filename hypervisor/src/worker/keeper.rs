@@ -92,6 +92,10 @@ impl Keeper {
                     None => Err("no socket came".into()),
                 }
             }
+            Command::SetLink { name, up } if !self.guest.partition.set_legacy_link(&name, up) => {
+                Err(format!("there is no legacy adapter {name}"))
+            }
+            Command::SetLink { .. } => Ok(()),
             service => {
                 if !matches!(self.state, State::Running) {
                     reply.give(Err(format!("the guest does not run: {}", word(&self.state))));

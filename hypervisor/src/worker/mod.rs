@@ -27,6 +27,7 @@ use anyhow::Context;
 use crate::confine::{self, Class, Confine, Limits};
 use crate::control::{NicKind, Setup};
 use crate::guest::{Guest, OnFault};
+use crate::kvm::virtualizes_apic;
 use crate::legacy::LegacyNic;
 use crate::partition::Parts;
 use crate::serial::SerialPort;
@@ -61,6 +62,8 @@ enum Input {
 /// The VM cannot be made.
 pub fn run() -> anyhow::Result<()> {
     let (setup, mut handed) = setup::receive()?;
+    // Known from now on.
+    virtualizes_apic();
     let report = confine::process(&Limits { keep: &handed.all(), ..Limits::default() })?;
     confine::thread(Class::Control)?;
     tracing::info!("VM {}: {report}", setup.name);

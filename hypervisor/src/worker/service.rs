@@ -77,7 +77,9 @@ fn carry_out(pump: &Pump, command: &Command) -> Result<(), CommandError> {
         Command::SetValue { key, value: Some(value) } => {
             pump.call(PATIENCE, |answer| Request::KvpSet { key, value, answer })
         }
-        Command::SetValue { key, value: None } => pump.call(PATIENCE, |answer| Request::KvpDelete { key, answer }),
+        Command::SetValue { key, value: None } => {
+            pump.call(PATIENCE, |answer| Request::KvpDelete { key, answer })
+        }
         Command::Freeze => pump.call(PATIENCE, |answer| Request::Freeze { hold: HOLD, answer }),
         Command::Thaw => pump.call(PATIENCE, |answer| Request::Thaw { answer }),
         _ => Err(CommandError::Absent),

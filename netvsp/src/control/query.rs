@@ -38,6 +38,13 @@ pub struct Statistics {
     pub out_dropped: u64,
 }
 
+impl Statistics {
+    /// Frames from the guest, those that were dropped with them.
+    pub(crate) fn sent(&self) -> u64 {
+        sum(&self.out_frames).wrapping_add(self.out_dropped)
+    }
+}
+
 impl Nvsp {
     /// The value of `oid`. `info` came with the question, and `room` is how many bytes the guest says it has. Only called
     /// while RNDIS is initialised.
@@ -57,8 +64,8 @@ impl Nvsp {
             Oid::GEN_VENDOR_DESCRIPTION => Ok(VENDOR_DESCRIPTION.to_vec()),
             Oid::GEN_DRIVER_VERSION => Ok(DRIVER_VERSION.to_le_bytes().to_vec()),
             Oid::GEN_STATISTICS => Ok(statistics(&self.statistics)),
-            Oid::GEN_XMIT_OK => Ok(count(self.statistics.out_frames.iter().sum(), room)),
-            Oid::GEN_RCV_OK => Ok(count(self.statistics.in_frames.iter().sum(), room)),
+            Oid::GEN_XMIT_OK => Ok(count(sum(&self.statistics.out_frames), room)),
+            Oid::GEN_RCV_OK => Ok(count(sum(&self.statistics.in_frames), room)),
             Oid::GEN_XMIT_ERROR => Ok(count(self.statistics.out_dropped, room)),
             Oid::GEN_RCV_NO_BUFFER => Ok(count(self.statistics.in_dropped, room)),
             Oid::GEN_RCV_ERROR
@@ -130,6 +137,11 @@ impl Nvsp {
 }
 
 const _: () = assert!(MAX_MULTICAST == 32);
+
+/// Frames of all kinds. What was restored may be any number.
+fn sum(frames: &[u64; 3]) -> u64 {
+    frames.iter().fold(0, |sum, more| sum.wrapping_add(*more))
+}
 
 /// A counter: eight bytes if the guest has room for them, else the low four.
 fn count(count: u64, room: u32) -> Vec<u8> {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmq::Mac;
 
+use super::query::MAX_MULTICAST;
 use super::state::{Area, Session, State};
 use super::{MAX_BUFFER_BYTES, MIN_MTU, Nvsp, Statistics, rss};
 
@@ -21,7 +22,7 @@ struct Saved {
     mac: [u8; 6],
     link_up: bool,
     state: State,
-    /// As they were when the guest last asked for something.
+    /// As they were when something else changed, or the process ended in order.
     #[serde(default)]
     statistics: Statistics,
 }
@@ -52,6 +53,19 @@ impl Nvsp {
         };
         // Cannot fail: no map, no foreign type. An empty answer would be refused by `restore`.
         serde_json::to_vec(&saved).unwrap_or_default()
+    }
+
+    /// What [`Nvsp::save`] says is kept.
+    pub(crate) fn set_kept(&mut self) {
+        self.kept = Some((self.state.clone(), self.mac, self.link.is_up()));
+    }
+
+    /// True if nothing but statistics has changed since.
+    pub(crate) fn is_kept(&self) -> bool {
+        let kept = |(state, mac, up): &(State, Mac, bool)| {
+            *state == self.state && *mac == self.mac && *up == self.link.is_up()
+        };
+        self.kept.as_ref().is_some_and(kept)
     }
 
     /// Takes up where the process that called [`Nvsp::save`] left off. A buffer whose mapping was under way is absent
@@ -96,6 +110,9 @@ impl Nvsp {
             return Err(RestoreError::Invalid("MTU or number of channels out of range"));
         }
         let offered = super::Offloads::offered(&self.config, session);
+        if session.device().is_some_and(|device| device.multicast.len() > MAX_MULTICAST) {
+            return Err(RestoreError::Invalid("too many group addresses"));
+        }
         let subchannels = session.subchannels;
         let Some(device) = session.device_mut() else { return Ok(()) };
         device.offloads = device.offloads.and(offered);

@@ -195,9 +195,11 @@ impl Session {
         self.capabilities = bits;
     }
 
-    /// Announced, in a version that has it.
+    /// Announced, in a version that has it, by a guest that takes the parts of a frame in one packet.
     pub(super) fn takes_rsc(&self) -> bool {
-        self.version >= Version::V61 && self.capabilities().contains(Capabilities::RSC)
+        self.version >= Version::V61
+            && self.speaks_ndis_6()
+            && self.capabilities().contains(Capabilities::RSC)
     }
 
     pub(super) fn speaks_ndis_6(&self) -> bool {

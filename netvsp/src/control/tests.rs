@@ -57,7 +57,10 @@ fn section_holds_the_longest_header_and_two_tags() {
         let size = receive_section_bytes(mtu, false);
         let header = u32::try_from(crate::protocol::packet::MAX_RX_HEADER).unwrap();
         assert!(size >= header + 14 + 8 + u32::from(mtu) && size.is_multiple_of(8));
-        assert!(size >= receive_section_bytes(1500, false), "a buffer of more sections than the usual MTU needs");
+        assert!(
+            size >= receive_section_bytes(1500, false),
+            "a buffer of more sections than the usual MTU needs"
+        );
     }
 }
 

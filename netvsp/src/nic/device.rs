@@ -8,30 +8,23 @@ use std::time::Duration;
 use vmbus::channel::Interrupt;
 use vmbus::handover::FromSwitch;
 use vmbus::pages::Pages;
-use vmbus::ring::Incoming;
-use vmq::doorbell::Doorbell;
 use vmq::frame::Accepts;
-use vmq::rss::{IndirectionTable, Rss, ToeplitzKey};
 use vmq::worker::{Clock, Nanos};
-use vswitch::backend::{BackendFault, BackendPort, GuestRss};
+use vswitch::backend::{BackendFault, BackendPort};
 use vswitch::report::PortState;
 
 use super::NicError;
+use super::control::{Control, Opened, hash};
 use super::quiesce::{LOOK, Quiesce};
 use super::state::State;
-use crate::control::{Buffer, DataPath, Effect, Effects, NicConfig, Nvsp, PacketFilter, Statistics};
-use crate::queue::{Channel, Message, Path, QueueFault, ReceivePath, Request, SendPath, Sink, Source};
-use crate::receive::Form;
+use super::throttle::Throttle;
+use crate::control::{Buffer, Effect, Effects, NicConfig, Nvsp, Phase};
+use crate::queue::{Channel, Message, Path, QueueFault, Request, SendPath, Sink, Source};
 use crate::sections::{MAX_SECTIONS, Sections};
 
 /// How long memory that a burst is still using is waited for, in steps of [`STEP`]: a burst takes microseconds.
 const STEPS: u32 = 10_000;
 const STEP: Duration = Duration::from_micros(100);
-
-/// Machines that begin anew on a faulted port in a row, and how soon each of them is forgotten: a guest that does nothing
-/// but fault and boot is not to fill anybody's log.
-const PARDONS: u64 = 8;
-const PARDON_AGES: Nanos = 10_000_000_000;
 
 /// The adapter, shared by its queues.
 pub(crate) struct Device {
@@ -43,45 +36,19 @@ pub(crate) struct Device {
     dirty: AtomicBool,
     /// This machine's guest has faulted the port; until it gave everything back, or the operator restarts the port.
     faulted: AtomicBool,
+    throttle: Throttle,
+    /// Held while channels are plugged into the switch or out of it, with what is known of them: one that is closed must
+    /// not be plugged in by a restart that began before. Taken before `control`.
+    plug: Mutex<()>,
     clock: Clock,
 }
+
+type Plug<'d> = MutexGuard<'d, ()>;
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Device").field("number", &self.number).finish_non_exhaustive()
     }
-}
-
-/// What the control path has to itself.
-#[derive(Debug)]
-struct Control {
-    nvsp: Nvsp,
-    state: State,
-    gpadls: BTreeMap<u32, Pages>,
-    /// The receive buffer's sections, with its GPADL.
-    sections: Option<(u32, Arc<Sections>)>,
-    channels: BTreeMap<u16, Opened>,
-    path: Arc<Path>,
-    /// What channels that are closed have moved, and a predecessor's.
-    past: Statistics,
-    /// A predecessor's channels are still being told.
-    resuming: bool,
-    /// It is about to be taken from the guest.
-    quiesce: Option<Quiesce>,
-    /// When the last pardon is forgotten, [`PARDON_AGES`] after the one before it.
-    pardons: Nanos,
-}
-
-/// An open channel, and what it takes to connect it to the switch again.
-#[derive(Debug)]
-pub(super) struct Opened {
-    pub(super) channel: Arc<Channel>,
-    pub(super) rings: Pages,
-    pub(super) downstream_page: u32,
-    pub(super) doorbell: Arc<Doorbell>,
-    pub(super) interrupt: Interrupt,
-    /// Until it is connected.
-    pub(super) incoming: Option<Incoming>,
 }
 
 impl Device {
@@ -95,11 +62,14 @@ impl Device {
     ) -> Self {
         let mut nvsp = Nvsp::new(config);
         let blob = if resumed { state.read() } else { None };
-        let restored = blob.map(|blob| nvsp.restore(&blob));
+        let restored = blob.map_or(Ok(()), |blob| nvsp.restore(&blob));
+        if let Err(error) = &restored {
+            tracing::warn!(device = number, %error, "adapter cannot be taken over");
+        }
         let past = *nvsp.statistics();
         // Another link is not another machine.
         let faulted = resumed && port.is_faulted();
-        let device = Self {
+        Self {
             number,
             port,
             requests,
@@ -112,17 +82,21 @@ impl Device {
                 path: Arc::default(),
                 past,
                 resuming: resumed,
+                unread: restored.is_err(),
+                told: None,
                 quiesce: None,
                 pardons: 0,
             }),
             dirty: AtomicBool::new(false),
             faulted: AtomicBool::new(faulted),
+            throttle: Throttle::default(),
+            plug: Mutex::default(),
             clock: Clock::default(),
-        };
-        if let Some(Err(error)) = restored {
-            device.fault(&error);
         }
-        device
+    }
+
+    fn plug(&self) -> Plug<'_> {
+        self.plug.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn control(&self) -> MutexGuard<'_, Control> {
@@ -167,35 +141,63 @@ impl Device {
         self.control().channels.get(&index).map(|opened| opened.interrupt.clone())
     }
 
-    pub(super) fn open(self: &Arc<Self>, opened: Opened, resumed: bool) -> Result<(), NicError> {
+    /// Whether a channel may be opened over `rings`, which nobody has touched yet.
+    pub(super) fn admit(&self, index: u16, rings: &Pages, resumed: bool) -> Result<(), NicError> {
+        let mut control = self.control();
+        if control.channels.contains_key(&index) {
+            return Err(NicError::OpenTwice(index));
+        }
+        if resumed {
+            // One whose guest was answered, which has moved the ring's read index, and of which nothing is known.
+            let closed = control.nvsp.phase() == Phase::Closed;
+            let used = index != 0 || rings.word(4).is_none_or(|read| read.load(Ordering::Relaxed) != 0);
+            return if control.unread || closed && used { Err(NicError::NotRestored(index)) } else { Ok(()) };
+        }
+        let refused = |control: &mut Control| {
+            index != 0 || self.faulted.load(Ordering::SeqCst) || !control.pardon(self.clock.now())
+        };
+        if self.port.is_faulted() && refused(&mut control) {
+            // Nobody would answer: a guest that is refused says so, and does not wait for ever.
+            return Err(NicError::Faulted);
+        }
+        Ok(())
+    }
+
+    /// Opens a channel that was admitted.
+    pub(super) fn open(self: &Arc<Self>, opened: Opened, resumed: bool) {
         let index = opened.channel.index;
+        let plug = self.plug();
         {
             let mut control = self.control();
-            if control.channels.contains_key(&index) {
-                return Err(NicError::OpenTwice(index));
-            }
-            if !resumed && self.port.is_faulted() {
-                if index != 0 || self.faulted.load(Ordering::SeqCst) || !control.pardon(self.clock.now()) {
-                    // Nobody would answer: a guest that is refused says so, and does not wait for ever.
-                    return Err(NicError::Faulted);
-                }
-                // Another machine, or one that was reset, does not answer for what was before.
-                self.port.recover();
+            if index == 0 && !resumed {
+                self.begin(&mut control);
             }
             opened.channel.set_path(&control.path);
             control.channels.insert(index, opened);
             if resumed && control.resuming {
-                return Ok(());
+                return;
             }
             let effects = control.nvsp.channel_opened(index);
             self.carry_out(&mut control, effects, None);
         }
-        self.connect(index);
-        Ok(())
+        self.connect(index, &plug);
+    }
+
+    /// The guest begins anew. A predecessor that died while the primary channel was closed has left what was before.
+    fn begin(&self, control: &mut Control) {
+        if self.port.is_faulted() && !self.faulted.load(Ordering::SeqCst) {
+            // Another machine, or one that was reset, does not answer for what was before.
+            self.port.recover();
+            control.told = None;
+        }
+        control.unread = false;
+        let effects = control.nvsp.channel_closed(0);
+        self.carry_out(control, effects, None);
+        control.state.clear();
     }
 
     /// Plugs an open channel into the switch.
-    fn connect(self: &Arc<Self>, index: u16) {
+    fn connect(self: &Arc<Self>, index: u16, _: &Plug<'_>) {
         let (channel, incoming, memory) = {
             let mut control = self.control();
             let Some(opened) = control.channels.get_mut(&index) else { return };
@@ -209,6 +211,7 @@ impl Device {
 
     /// Everything that a predecessor served is there again.
     pub(super) fn ready(self: &Arc<Self>) {
+        let plug = self.plug();
         let indices: Vec<u16> = {
             let mut control = self.control();
             if !std::mem::take(&mut control.resuming) {
@@ -217,7 +220,7 @@ impl Device {
             self.resume(&mut control);
             control.channels.keys().copied().collect()
         };
-        indices.into_iter().for_each(|index| self.connect(index));
+        indices.into_iter().for_each(|index| self.connect(index, &plug));
     }
 
     /// Finds the sections that the guest has.
@@ -237,9 +240,11 @@ impl Device {
     /// The operator restarts the port: channels go on where their rings stand, as a successor's would. What was taken out
     /// of them and not given back is taken again.
     pub(super) fn reconnect(self: &Arc<Self>) {
-        self.disconnect_all();
+        let plug = self.plug();
+        self.disconnect(&plug);
         self.faulted.store(false, Ordering::SeqCst);
         let mut control = self.control();
+        control.told = None;
         let again: Result<Vec<(u16, Opened)>, NicError> =
             control.channels.iter().map(|(&index, old)| Ok((index, old.again(index)?))).collect();
         match again {
@@ -252,13 +257,15 @@ impl Device {
         self.resume(&mut control);
         let indices: Vec<u16> = control.channels.keys().copied().collect();
         drop(control);
-        indices.into_iter().for_each(|index| self.connect(index));
+        indices.into_iter().for_each(|index| self.connect(index, &plug));
     }
 
     pub(super) fn close(&self, index: u16) {
+        let plug = self.plug();
         let opened = self.control().channels.remove(&index);
-        // Waits until no worker touches it, so the lock is not held.
+        // Waits until no worker touches it, so that `control` is not locked.
         self.port.disconnect(index);
+        drop(plug);
         let Some(opened) = opened else { return };
         opened.channel.close();
         let mut control = self.control();
@@ -282,9 +289,15 @@ impl Device {
         }
     }
 
-    pub(super) fn disconnect_all(&self) {
+    fn disconnect(&self, _: &Plug<'_>) {
         let indices: Vec<u16> = self.control().channels.keys().copied().collect();
         indices.into_iter().for_each(|index| self.port.disconnect(index));
+    }
+
+    /// Leaves the guest's channels to a successor.
+    pub(super) fn leave(&self) {
+        self.disconnect(&self.plug());
+        self.control().save();
     }
 
     /// The guest has the adapter no more.
@@ -298,6 +311,7 @@ impl Device {
         let mut control = self.control();
         let effects = control.nvsp.link(up, self.clock.now());
         self.carry_out(&mut control, effects, None);
+        self.rebuild(&mut control);
         control.save();
     }
 
@@ -325,8 +339,7 @@ impl Device {
         }
         let quiet = (due.is_none() && control.is_read()) || self.faulted.load(Ordering::SeqCst);
         let statistics = control.statistics();
-        let sent = statistics.out_frames.iter().sum::<u64>().wrapping_add(statistics.out_dropped);
-        if control.quiesce.as_mut().is_some_and(|quiesce| quiesce.look(quiet, sent)) {
+        if control.quiesce.as_mut().is_some_and(|quiesce| quiesce.look(quiet, statistics.sent())) {
             (self.requests)(FromSwitch::Quiet { device: self.number });
             return due;
         }
@@ -345,8 +358,20 @@ impl Device {
         control.save();
     }
 
+    /// Until when the guest has to wait for having made too many requests.
+    #[inline]
+    pub(crate) fn throttled(&self, now: Nanos) -> Option<Nanos> {
+        self.throttle.until(now)
+    }
+
     /// A queue found a control message.
-    pub(crate) fn request(&self, channel: &Arc<Channel>, request: Request) -> Result<(), QueueFault> {
+    pub(crate) fn request(
+        &self,
+        channel: &Arc<Channel>,
+        request: Request,
+        now: Nanos,
+    ) -> Result<(), QueueFault> {
+        self.throttle.count(now);
         let mut control = self.control();
         let (effects, reply) = match request {
             Request::Nvsp(message, transaction, wanted) => {
@@ -359,7 +384,9 @@ impl Device {
             }
         };
         self.carry_out(&mut control, effects, reply);
-        self.dirty.store(true, Ordering::Release);
+        if !control.nvsp.is_kept() {
+            self.dirty.store(true, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -439,8 +466,14 @@ impl Device {
         for opened in control.channels.values() {
             opened.channel.set_path(&control.path);
         }
-        self.port.set_steering(data.rss.as_ref());
-        self.port.set_state(if up { PortState::Up } else { PortState::Waiting("the guest's driver".into()) });
+        // All ports are told of a change of this one.
+        let told = (up, data.rss);
+        if control.told.as_ref() != Some(&told) {
+            self.port.set_steering(told.1.as_ref());
+            let waiting = || PortState::Waiting("the guest's driver".into());
+            self.port.set_state(if up { PortState::Up } else { waiting() });
+            control.told = Some(told);
+        }
     }
 
     /// Stops the adapter, if it was not stopped before, and tells the VMM.
@@ -458,81 +491,4 @@ impl Device {
         self.fault(&fault);
         Box::new(fault)
     }
-}
-
-impl Control {
-    /// Whether a machine may begin anew on a faulted port.
-    fn pardon(&mut self, now: Nanos) -> bool {
-        let next = self.pardons.max(now) + PARDON_AGES;
-        let few = next <= now + PARDONS * PARDON_AGES;
-        if few {
-            self.pardons = next;
-        }
-        few
-    }
-
-    /// The guest has read all that there is for it, and has given back all that it read.
-    fn is_read(&self) -> bool {
-        self.channels.values().all(|opened| opened.channel.is_read())
-            && self.sections.as_ref().is_none_or(|(_, sections)| sections.are_back())
-    }
-
-    /// What the adapter has moved.
-    fn statistics(&self) -> Statistics {
-        let mut sum = self.past;
-        self.channels.values().for_each(|opened| sum.add(&opened.channel));
-        sum
-    }
-
-    fn save(&mut self) {
-        let statistics = self.statistics();
-        self.nvsp.set_statistics(statistics);
-        let blob = self.nvsp.save();
-        if !self.state.write(&blob) {
-            tracing::warn!(bytes = blob.len(), "adapter state does not fit its file");
-        }
-    }
-
-    fn receive(&mut self, data: &DataPath, rss: Option<Rss>) -> Option<ReceivePath> {
-        let Some((wanted, pages)) = data.receive.as_ref().and_then(|receive| {
-            let pages = self.gpadls.get(&receive.gpadl)?.clone();
-            Some((receive, pages))
-        }) else {
-            self.sections = None;
-            return None;
-        };
-        let sections = match &self.sections {
-            Some((gpadl, sections)) if *gpadl == wanted.gpadl => Arc::clone(sections),
-            _ => Arc::new(Sections::new(wanted.sections.min(MAX_SECTIONS), self.state.journal())),
-        };
-        self.sections = Some((wanted.gpadl, Arc::clone(&sections)));
-        let form = Form {
-            section_size: wanted.section_size,
-            filter: if self.quiesce.is_none() { data.filter } else { PacketFilter::empty() },
-            multicast: data.multicast.clone(),
-            rsc: data.rsc,
-            rss,
-        };
-        Some(ReceivePath { pages, id: wanted.id, sections, form })
-    }
-}
-
-impl Statistics {
-    /// Adds what `channel` has moved.
-    fn add(&mut self, channel: &Channel) {
-        let (to_guest, from_guest) = (channel.received.read(), channel.sent.read());
-        let add = |sum: &mut u64, more: u64| *sum = sum.wrapping_add(more);
-        self.in_frames.iter_mut().zip(to_guest.frames).for_each(|(sum, more)| add(sum, more));
-        self.out_frames.iter_mut().zip(from_guest.frames).for_each(|(sum, more)| add(sum, more));
-        add(&mut self.in_bytes, to_guest.bytes);
-        add(&mut self.in_dropped, to_guest.dropped);
-        add(&mut self.out_bytes, from_guest.bytes);
-        add(&mut self.out_dropped, from_guest.dropped);
-    }
-}
-
-fn hash(wanted: &GuestRss, queues: u16) -> Option<Rss> {
-    let key = ToeplitzKey::new(&wanted.key).ok()?;
-    let table = IndirectionTable::new(&wanted.table, queues).ok()?;
-    Some(Rss { key, table, types: wanted.types })
 }

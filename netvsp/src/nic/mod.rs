@@ -2,11 +2,14 @@
 //!
 //! [`Nic`] is what the VMM's side acts on: memory granted and taken back, channels opened and closed. [`Device`] is what
 //! its queues act on, when they find a control message among the frames. One lock guards both; it is never held while a
-//! queue is plugged into the switch or out of it, since that waits for a worker, which may be waiting for the lock.
+//! queue is plugged into the switch or out of it, since that waits for a worker, which may be waiting for the lock; another
+//! one, which no worker takes, keeps those who plug apart.
 
+mod control;
 mod device;
 mod quiesce;
 mod state;
+mod throttle;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,9 +25,9 @@ use vswitch::backend::{BackendEvent, BackendPort};
 use crate::control::NicConfig;
 use crate::queue::Channel;
 
+use control::Opened;
 pub(crate) use device::Device;
-use device::Opened;
-use state::State;
+pub(crate) use state::State;
 
 /// Memory that one adapter's guest grants at most, in pieces: buffers and rings.
 const MAX_GPADLS: usize = 256;
@@ -46,6 +49,9 @@ pub enum NicError {
     /// It is open.
     #[error("channel {0} is open already")]
     OpenTwice(u16),
+    /// A predecessor served it, and what it knew cannot be read: the guest has to find the adapter anew.
+    #[error("channel {0} is not known as a predecessor left it")]
+    NotRestored(u16),
     /// The port is stopped by a fault, until the operator restarts it or the guest begins anew.
     #[error("port is stopped by a fault")]
     Faulted,
@@ -77,8 +83,8 @@ pub struct OpenRequest {
     pub gpadl: u32,
     /// The page of it where the ring to the guest starts.
     pub downstream_page: u32,
-    /// Where interrupts go; nowhere if the guest wants none.
-    pub target: Option<InterruptTarget>,
+    /// Where interrupts go.
+    pub target: InterruptTarget,
     /// The eventfd that the guest's signals write.
     pub doorbell: OwnedFd,
     /// A predecessor has served it.
@@ -141,13 +147,12 @@ impl Nic {
             return Err(NicError::NoSuchQueue { index, queues });
         }
         let rings = self.device.pages(gpadl).ok_or(NicError::NoSuchGpadl { index, gpadl })?;
-        let interrupt = match target {
-            Some(target) => Interrupt::new(memory, target)?,
-            None => Interrupt::disabled(memory),
-        };
+        let interrupt = Interrupt::new(memory, target)?;
         let doorbell = Arc::new(Doorbell::from_peer(doorbell)?);
+        self.device.admit(index, &rings, resumed)?;
         let opened = Opened::new(index, rings, downstream_page, doorbell, interrupt, !resumed)?;
-        self.device.open(opened, resumed)
+        self.device.open(opened, resumed);
+        Ok(())
     }
 
     /// Closes a channel. When this returns, nothing touches its rings.
@@ -191,7 +196,7 @@ impl Nic {
 
 impl Drop for Nic {
     fn drop(&mut self) {
-        self.device.disconnect_all();
+        self.device.leave();
     }
 }
 

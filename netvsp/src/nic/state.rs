@@ -56,6 +56,12 @@ impl State {
         Some(Self { memory, sequence: 0 })
     }
 
+    /// How often it was written.
+    #[cfg(test)]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     /// The journal of receive sections.
     pub(crate) fn journal(&self) -> Journal {
         Journal::new(Arc::clone(&self.memory), JOURNAL)
@@ -95,8 +101,9 @@ impl State {
         let mut blob = vec![0; len as usize];
         self.memory.segment(at + HEAD as u64, len)?.read_into(&mut blob);
         let sequence = head.sequence.get();
-        // The last number there is would be followed by none.
-        (sequence < u64::MAX && checksum(sequence, &blob) == head.checksum.get()).then_some((sequence, blob))
+        // No switch writes so often: the number after it must not be 0.
+        (sequence < u64::MAX / 2 && checksum(sequence, &blob) == head.checksum.get())
+            .then_some((sequence, blob))
     }
 
     /// Forgets what was negotiated.
@@ -140,6 +147,17 @@ mod tests {
         let at = (state.sequence % 2) * PLACE;
         state.memory.room(at + 40, 1).unwrap().write(&[7]);
         assert_eq!(state.read(), Some(vec![1; 64]));
+    }
+
+    #[test]
+    fn blob_with_a_number_that_nobody_counted_to_is_none() {
+        let mut state = state();
+        state.sequence = u64::MAX / 2 - 1;
+        assert!(state.write(&[1]));
+        assert_eq!(state.read(), None);
+        state.sequence = 6;
+        assert!(state.write(&[2]));
+        assert_eq!((state.read(), state.sequence), (Some(vec![2]), 7));
     }
 
     #[test]

@@ -100,6 +100,8 @@ pub(crate) struct ReceivePath {
     pub(crate) pages: Pages,
     pub(crate) id: u16,
     pub(crate) sections: Arc<Sections>,
+    /// Ranges in one packet.
+    pub(crate) most: usize,
     pub(crate) form: Form,
 }
 
@@ -276,6 +278,7 @@ impl Half {
         };
         let written = self.outgoing.write(&header, &[&nvsp::rndis_packet(control)]);
         if written.is_ok() {
+            receive.sections.written(first);
             self.unpublished.push(first);
         } else {
             receive.sections.withdraw(&self.chain, &mut self.stock);

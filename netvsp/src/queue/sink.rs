@@ -14,7 +14,6 @@ use vswitch::tally::Tally;
 use super::{Channel, Half, Moved, QueueFault, ReceivePath};
 use crate::nic::Device;
 use crate::receive::{Layout, Target};
-use crate::sections::MAX_CHAIN;
 
 /// The ring to the guest.
 #[derive(Debug)]
@@ -110,10 +109,10 @@ impl Half {
                 tally.drop(DropReason::NoBuffer);
                 continue;
             };
-            if self.chain.len() + layout.sections > MAX_CHAIN {
+            if self.chain.len() + layout.sections > receive.most {
                 self.finish_packet(receive, &mut count, tally, moved)?;
             }
-            if layout.sections > MAX_CHAIN {
+            if layout.sections > receive.most {
                 tally.drop(DropReason::NoBuffer);
             } else if receive.sections.fill(&mut self.stock, layout.sections) {
                 let next = following.peek().copied();

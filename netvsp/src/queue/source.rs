@@ -18,6 +18,13 @@ use crate::transmit::{self, Bytes, PIECES, Slot};
 /// Ring packets taken at once, so that a flood of completions or control messages is no burst without end.
 const MAX_PACKETS: usize = 4 * BURST_FRAMES;
 
+/// Bytes of ring packets taken at once: a guest can fill its ring with long packets that say nothing, for nothing but the
+/// price of an index, and each is copied twice.
+const MAX_BYTES: usize = 64 * 1024;
+
+/// Longest ring packet taken. Linux's have 32 ranges of memory at most, and so less than 1 KiB.
+const MAX_PACKET: usize = 8 * 1024;
+
 /// Pieces of memory taken at once: a burst takes 1024 and wants room for the longest frame at any time.
 const MAX_PIECES: usize = 1024 - 2 * PIECES;
 
@@ -70,7 +77,7 @@ impl Source {
             channel,
             incoming,
             memory,
-            buffer: PacketBuffer::new(),
+            buffer: PacketBuffer::with_limit(MAX_PACKET),
             slots: transmit::slots(),
             path: None,
             done: Vec::with_capacity(MAX_PACKETS),
@@ -85,6 +92,10 @@ impl Source {
             // The last burst's completions are not all in the ring: nothing more until they are.
             return Ok(());
         }
+        let now = self.now;
+        if self.device.throttled(now).is_some() {
+            return Ok(());
+        }
         let Self { device, channel, incoming, memory, buffer, slots, path, done, back, taken, most, .. } =
             self;
         let path: &'m Path = path.insert(Arc::clone(&channel.half().path));
@@ -92,14 +103,16 @@ impl Source {
         let mut work = Work { path, memory, slots: &mut slots[..], limit, done, pieces: 0 };
         let before = tally.dropped_total();
         let mut packets = || {
+            let mut bytes = 0;
             for count in 0..*most {
-                if !work.has_room(burst) {
+                if bytes > MAX_BYTES || !work.has_room(burst) {
                     break;
                 }
                 if count.is_multiple_of(AHEAD) {
                     work.look_ahead(incoming, buffer);
                 }
                 let Some(packet) = incoming.next(buffer)? else { break };
+                bytes += packet.bytes;
                 *taken = true;
                 match packet.kind {
                     PacketKind::Completion => {
@@ -109,7 +122,7 @@ impl Source {
                     }
                     PacketKind::InBand | PacketKind::GpaDirect { .. } => {
                         if let Some(request) = work.message(&packet, burst, tally)? {
-                            device.request(channel, request)?;
+                            device.request(channel, request, now)?;
                             // It may have changed the path.
                             break;
                         }
@@ -323,6 +336,9 @@ impl FrameSource for Source {
             let wanted = self.done.len().max(1) * COMPLETION_BYTES;
             let room = self.channel.half().outgoing.wait_for_room(wanted);
             return if room { Wait::Nothing } else { Wait::Until(self.now + RETRY) };
+        }
+        if let Some(then) = self.device.throttled(self.now) {
+            return Wait::Until(then);
         }
         if self.channel.pending.load(Ordering::Relaxed) {
             // Another channel may give back what a message waits for.

@@ -291,7 +291,9 @@ impl Guest {
     }
 
     fn poll_queue(&mut self, queue: usize) -> Result<(), VscError> {
-        let Self { channels, receive, free, free_slots, answers, outstanding, counted, withheld, .. } = self;
+        let Self {
+            channels, receive, free, free_slots, answers, outstanding, counted, withheld, config, ..
+        } = self;
         let Some(channel) = channels.get_mut(queue) else { return Ok(()) };
         channel.acknowledge();
         let mut arrived: Vec<(bool, Vec<u8>)> = Vec::new();
@@ -320,6 +322,9 @@ impl Guest {
                     let buffer = receive.as_ref().ok_or(VscError::Host("frames without buffer"))?;
                     if pageset != super::RECEIVE_ID || packet.transaction >= u64::from(buffer.count) {
                         return Err(VscError::Host("transfer page packet"));
+                    }
+                    if ranges.len() > 1 && config.ndis.0 < 6 {
+                        return Err(VscError::Host("several ranges for NDIS 5"));
                     }
                     let announced = nvsp::announced(packet.payload).map_err(|_| VscError::Host("message"))?;
                     if let Some((frames, bytes)) = counted.as_mut().filter(|_| !announced.control) {

@@ -16,6 +16,8 @@ mod known;
 mod large;
 mod life;
 mod link;
+mod resumed;
+mod storm;
 mod succession;
 
 /// A stack waits a second and more for what was lost while nobody served its guest.

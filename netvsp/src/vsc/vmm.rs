@@ -248,6 +248,26 @@ impl Vmm {
         self.hear(|heard| matches!(heard, FromSwitch::Quiet { .. })).map(drop)
     }
 
+    /// Whether the switch took over what it was told again with [`Vmm::reconnect`], by channel.
+    #[cfg(test)]
+    pub(super) fn taken_over(&mut self) -> Result<Vec<bool>, VscError> {
+        let mut all = Vec::new();
+        for index in self.channels.keys().copied().collect::<Vec<_>>() {
+            match self.hear(|heard| matches!(heard, FromSwitch::Opened { index: it, .. } if *it == index))? {
+                FromSwitch::Opened { ok, .. } => all.push(ok),
+                other => return Err(VscError::Refused(format!("{other:?}"))),
+            }
+        }
+        Ok(all)
+    }
+
+    /// What the switch keeps here for its successor.
+    #[cfg(test)]
+    pub(super) fn state(&self) -> crate::nic::State {
+        let mapping = Mapping::from_peer(self.state.as_fd(), 0, STATE_BYTES).unwrap();
+        crate::nic::State::new(Arc::new(mapping)).unwrap()
+    }
+
     /// True if the switch has said something that nobody asked for yet.
     #[cfg(test)]
     pub fn is_told(&self) -> bool {

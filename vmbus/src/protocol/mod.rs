@@ -31,7 +31,7 @@ pub const CONTACT_CONNECTION: u32 = 4;
 pub const SINT: u8 = 2;
 /// Greatest channel id: the event-flag page of one interrupt source has 2048 flags, of which 0 is reserved.
 pub const MAX_RELID: u32 = 2047;
-/// A target processor that means "no interrupts", in OPENCHANNEL and MODIFYCHANNEL.
+/// A target processor that means "no interrupts", in OPENCHANNEL and MODIFYCHANNEL. No driver asks for it; it is refused.
 pub const NO_INTERRUPTS: u32 = 0xFFFF_FFFF;
 /// Bytes of a page, on every architecture.
 pub const PAGE: u32 = 4096;

@@ -87,7 +87,7 @@ bodies! {
         open_id: U32,
         /// The GPADL that holds both rings.
         gpadl: U32,
-        /// The processor to interrupt, or [`super::NO_INTERRUPTS`].
+        /// The processor to interrupt.
         target_vp: U32,
         /// Pages of the ring from guest to host; the rest is the other ring.
         downstream_page: U32,

@@ -319,6 +319,8 @@ pub struct Packet<'b> {
     pub completion_requested: bool,
     /// Chosen by the sender.
     pub transaction: u64,
+    /// Bytes of the ring that were copied for it.
+    pub bytes: usize,
     /// The payload, up to 7 bytes longer than what was sent: its length is only known in units of 8 bytes.
     pub payload: &'b [u8],
 }
@@ -374,6 +376,7 @@ pub(super) fn parse(head: Descriptor, body: &[u8]) -> Result<Packet<'_>, RingFau
         kind: PacketKind::parse(head.kind.get(), extra)?,
         completion_requested: flags != 0,
         transaction: head.transaction.get(),
+        bytes: Descriptor::LEN + extra.len() + payload.len(),
         payload,
     })
 }

@@ -183,7 +183,7 @@ pub enum Action {
         gpadl: GpadlId,
         /// Pages of the ring from guest to host: at least 2, and at least 2 less than the GPADL has.
         downstream_page: u32,
-        /// The processor to interrupt, or [`crate::protocol::NO_INTERRUPTS`].
+        /// The processor to interrupt.
         vp: u32,
         /// Data for the device.
         user_data: [u8; 120],
@@ -197,7 +197,7 @@ pub enum Action {
     Modify {
         /// The channel.
         channel: ChannelKey,
-        /// The processor, or [`crate::protocol::NO_INTERRUPTS`].
+        /// The processor.
         vp: u32,
     },
     /// The guest unloads, begins anew, or is gone: every channel is closed and every GPADL forgotten. Stop touching its

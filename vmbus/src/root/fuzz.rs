@@ -383,7 +383,7 @@ impl<'a> Play<'a> {
                         self.held.contains(&(channel.device, gpadl)),
                         "rings in pages the device does not hold"
                     );
-                    assert!(self.offered.contains(&relid) && (vp < LIMITS.vps || vp == NO_INTERRUPTS));
+                    assert!(self.offered.contains(&relid) && vp < LIMITS.vps);
                     assert!(
                         self.channels.insert(channel, Seen::Opening(gpadl)).is_none(),
                         "{channel} opened twice"

@@ -154,9 +154,9 @@ impl Root {
         self.devices.get_mut(&key.device)?.channels.get_mut(&key.index)
     }
 
-    /// Whether interrupts can go to this processor.
+    /// Whether interrupts can go to this processor. [`protocol::NO_INTERRUPTS`] is none: it is refused.
     fn is_target(&self, vp: u32) -> bool {
-        vp < self.config.vps || vp == protocol::NO_INTERRUPTS
+        vp < self.config.vps
     }
 
     fn unknown_channel(kind: Kind, relid: u32) -> GuestError {

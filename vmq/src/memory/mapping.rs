@@ -3,9 +3,11 @@
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use rustix::fs::MemfdFlags;
 
+use super::share::{Place, Share};
 use super::sigbus;
 
 /// A file mapped for reading and writing, shared with whoever else maps it. Unmapped when dropped.
@@ -19,6 +21,8 @@ pub struct Mapping {
     /// Whole pages of the file's own size: huge ones are neither unmapped nor replaced in part.
     whole: usize,
     guard: sigbus::Guard,
+    /// Given back last, when the range is watched no longer.
+    _place: Place,
 }
 
 // SAFETY: a shared mapping is valid on every thread; bytes are only touched through raw copies and atomics.
@@ -54,8 +58,8 @@ pub enum MappingError {
     /// A file whose pages somebody may have to fetch first.
     #[error("file is not in memory (a memfd, shared memory or huge pages)")]
     NotInMemory,
-    /// More mappings than the process keeps track of.
-    #[error("more than {0} mappings")]
+    /// The process keeps track of so many, and all are in use or promised to others.
+    #[error("none is left of {0} mappings, which all ports share")]
     TooMany(usize),
 }
 
@@ -69,10 +73,23 @@ impl Mapping {
     /// # Errors
     /// As [`Mapping::shared`], or the file is not in memory.
     pub fn from_peer(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self, MappingError> {
+        Self::from_peer_in(None, fd, offset, len)
+    }
+
+    /// As [`Mapping::from_peer`], of the peer that has `share`.
+    ///
+    /// # Errors
+    /// As [`Mapping::from_peer`].
+    pub fn from_peer_in(
+        share: Option<&Arc<Share>>,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, MappingError> {
         if rustix::fs::fcntl_get_seals(fd).is_err() {
             return Err(MappingError::NotInMemory);
         }
-        Self::shared(fd, offset, len)
+        Self::map(share, fd, offset, len)
     }
 
     /// Maps `len` bytes of `fd` from `offset`, which must be a multiple of the page size.
@@ -80,6 +97,15 @@ impl Mapping {
     /// # Errors
     /// The file is shorter than `offset + len`, or the kernel refuses.
     pub fn shared(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self, MappingError> {
+        Self::map(None, fd, offset, len)
+    }
+
+    fn map(
+        share: Option<&Arc<Share>>,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, MappingError> {
         if len == 0 {
             return Err(MappingError::Empty);
         }
@@ -93,17 +119,18 @@ impl Mapping {
         let page = usize::try_from(stat.st_blksize).ok().filter(|page| (1..=LARGEST_PAGE).contains(page));
         let whole = len.checked_next_multiple_of(page.unwrap_or(1));
         let whole = whole.ok_or(source(rustix::io::Errno::OVERFLOW))?;
+        let place = Place::take(share).ok_or(MappingError::TooMany(sigbus::SLOTS))?;
         use rustix::mm::{MapFlags, ProtFlags, mmap};
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a fresh address range chosen by the kernel; nothing of ours is replaced.
         let ptr = unsafe { mmap(std::ptr::null_mut(), whole, prot, flags, fd, offset) }.map_err(source)?;
-        Self::guarded(ptr, len, whole)
+        Self::guarded(ptr, len, whole, place)
     }
 
-    fn guarded(ptr: *mut c_void, len: usize, whole: usize) -> Result<Self, MappingError> {
+    fn guarded(ptr: *mut c_void, len: usize, whole: usize, place: Place) -> Result<Self, MappingError> {
         match (NonNull::new(ptr.cast::<u8>()), sigbus::watch(ptr as usize, whole)) {
-            (Some(ptr), Some(guard)) => Ok(Self { ptr, len, whole, guard }),
+            (Some(ptr), Some(guard)) => Ok(Self { ptr, len, whole, guard, _place: place }),
             _ => {
                 // SAFETY: the mapping was made by the caller just now and is not used by anyone.
                 let _ = unsafe { rustix::mm::munmap(ptr, whole) };

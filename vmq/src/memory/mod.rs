@@ -15,6 +15,7 @@ mod dirty;
 mod mapping;
 mod pages;
 mod segment;
+mod share;
 mod sigbus;
 mod word;
 
@@ -27,6 +28,7 @@ pub use dirty::{DirtyLog, PAGE};
 pub use mapping::{Mapping, MappingError};
 pub use pages::{MAX_PAGES, Pages, PagesError};
 pub use segment::{Next, Room, Segment};
+pub use share::Share;
 pub use word::SharedWord;
 
 /// One contiguous range of guest-physical addresses backed by a mapping.

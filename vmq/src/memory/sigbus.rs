@@ -6,11 +6,12 @@
 //!
 //! The table is fixed and lock-free because a signal handler may neither allocate nor lock.
 
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 
-/// Ranges that can be watched at once: 384 ports with 8 regions each, and as many again.
-pub(super) const SLOTS: usize = 8192;
+/// Ranges that can be watched at once: half of the mappings that a kernel lets a process have (`vm.max_map_count`), so
+/// that 1400 ports get what is promised to each ([`super::Share`]).
+pub(super) const SLOTS: usize = 32768;
 
 struct Slot {
     /// Odd while the slot changes; a handler that saw two values looks elsewhere.
@@ -34,6 +35,9 @@ static TABLE: [Slot; SLOTS] = [const {
 /// One past the highest slot ever taken, so that a fault scans only what was used.
 static HIGH: AtomicUsize = AtomicUsize::new(0);
 
+/// No slot below it is free.
+static LOWEST: AtomicUsize = AtomicUsize::new(0);
+
 /// Membership of one range in the table.
 #[derive(Debug)]
 pub(super) struct Guard {
@@ -54,6 +58,7 @@ impl Guard {
         slot.lost.store(false, Ordering::SeqCst);
         slot.generation.fetch_add(1, Ordering::SeqCst);
         slot.taken.store(false, Ordering::Release);
+        LOWEST.fetch_min(self.slot, Ordering::AcqRel);
     }
 }
 
@@ -61,9 +66,16 @@ impl Guard {
 pub(super) fn watch(start: usize, len: usize) -> Option<Guard> {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(install);
-    let slot = TABLE.iter().position(|slot| {
-        slot.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
-    })?;
+    // One at a time: a slot that was free when the search began is still free when it is found.
+    static TAKING: Mutex<()> = Mutex::new(());
+    let taking = TAKING.lock().unwrap_or_else(PoisonError::into_inner);
+    // Slots that become free meanwhile are noted anew.
+    let lowest = LOWEST.swap(SLOTS, Ordering::AcqRel);
+    let free = TABLE.iter().skip(lowest).position(|slot| !slot.taken.load(Ordering::Acquire));
+    let slot = lowest + free?;
+    TABLE[slot].taken.store(true, Ordering::Relaxed);
+    LOWEST.fetch_min(slot + 1, Ordering::AcqRel);
+    drop(taking);
     HIGH.fetch_max(slot + 1, Ordering::AcqRel);
     TABLE[slot].generation.fetch_add(1, Ordering::SeqCst);
     TABLE[slot].lost.store(false, Ordering::SeqCst);

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use vmq::memory::Share;
 use vmq::worker::Clock;
 
 use crate::error::FabricError;
 use crate::port::PortCore;
 use crate::ports::device::{DeviceQueue, tap, uplink};
-use crate::ports::file::{FileSink, FileSource};
+use crate::ports::file::{FileSink, FileSource, WhenFull};
 use crate::ports::vhost_user::server::{self, Control, EndpointId, PortEndpoint};
 use crate::ports::vhost_user::session::SessionConfig;
 use crate::queue::{Sink, Source};
@@ -89,16 +90,23 @@ impl Attachment {
 }
 
 /// Registers a vhost-user port with the control thread, and makes place for a device model.
-pub(super) fn guest(control: &Control, clock: Clock, core: &Arc<PortCore>, port: &Port) -> Attached {
+pub(super) fn guest(
+    control: &Control,
+    clock: Clock,
+    core: &Arc<PortCore>,
+    port: &Port,
+) -> Result<Attached, FabricError> {
     let (path, mode, queues) = match &port.spec.attachment {
         Attachment::VhostUser { path, mode, queues } => (path, mode, queues),
         Attachment::Synthetic { .. } => {
             let shared = backend::Shared::default();
             shared.set(&port.spec);
-            return Attached::Backend(Arc::new(shared));
+            return Ok(Attached::Backend(Arc::new(shared)));
         }
-        _ => return Attached::Local,
+        _ => return Ok(Attached::Local),
     };
+    let share = Share::new()
+        .ok_or_else(|| FabricError::invalid("port", "as many ports as there are memory mappings for"))?;
     let status = Arc::new(GuestStatus::default());
     let rings = GuestRings {
         core: Arc::clone(core),
@@ -123,10 +131,11 @@ pub(super) fn guest(control: &Control, clock: Clock, core: &Arc<PortCore>, port:
         path: path.clone(),
         mode: *mode,
         config: session_config(&port.spec, *queues),
+        share: Some(share),
         rings: Box::new(rings),
         events: Box::new(events),
     };
-    Attached::Guest(control.add(endpoint), status)
+    Ok(Attached::Guest(control.add(endpoint), status))
 }
 
 fn session_config(spec: &PortSpec, queues: u16) -> SessionConfig {
@@ -167,9 +176,9 @@ pub(super) fn played_file(port: &Port) -> Result<Option<FileSource>, FabricError
 }
 
 /// Makes the file that a pcap port writes, if it writes one. `epoch` is the wall-clock time at the clock's zero.
-pub(super) fn written_file(port: &Port, epoch: u64) -> Result<(), FabricError> {
+pub(super) fn written_file(port: &Port, epoch: u64, when_full: WhenFull) -> Result<(), FabricError> {
     let Attachment::Pcap { write: Some(path), .. } = &port.spec.attachment else { return Ok(()) };
-    let file = FileSink::create(path, &port.core.name, epoch, true)
+    let file = FileSink::create(path, &port.core.name, epoch, true, when_full)
         .map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))?;
     if let (Some(sink), Some((_, source))) = (port.sinks.first(), port.sources.first()) {
         sink.swap(Sink::File(Box::new(file)));
@@ -183,7 +192,7 @@ fn files(port: &Port, epoch: u64) -> Result<(), FabricError> {
         return Ok(());
     }
     let played = played_file(port)?;
-    written_file(port, epoch)?;
+    written_file(port, epoch, WhenFull::Lose)?;
     port.core.set_state(PortState::Up);
     if let (Some(file), Some((_, source))) = (played, port.sources.first()) {
         source.swap(Source::File(Box::new(file)));

@@ -91,11 +91,12 @@ impl Fabric {
             });
         }
         for sink in &port.sinks {
-            sink.with(|sink| {
-                if port.core.is_faulted() {
-                    *sink = Sink::Absent(DropReason::Faulted);
-                }
+            let old = sink.with(|sink| {
+                let faulted = port.core.is_faulted();
+                faulted.then(|| std::mem::replace(sink, Sink::Absent(DropReason::Faulted)))
             });
+            // Not under the lock: a capture file waits for its disk.
+            drop(old);
         }
     }
 

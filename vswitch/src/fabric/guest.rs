@@ -30,7 +30,7 @@ pub(super) struct GuestRings {
     pub(super) sources: Vec<Arc<SourceQueue>>,
     pub(super) sinks: Vec<Arc<SinkQueue>>,
     pub(super) status: Arc<GuestStatus>,
-    /// Rings that are set up and not enabled.
+    /// Receive rings that are set up and not enabled. Transmit rings are the workers' all the same.
     pub(super) disabled: Vec<Option<ActiveRing>>,
     /// The workers' clock.
     pub(super) clock: Clock,
@@ -49,8 +49,12 @@ impl GuestRings {
                 self.core.changed();
             }
         } else if let Some(source) = self.sources.get(queue) {
+            let enabled = ring.enabled;
             source.swap(Source::Ring(Box::new(ring)));
             self.core.nudge(queue);
+            if !enabled {
+                return;
+            }
         }
         self.core.set_state(PortState::Up);
     }
@@ -76,8 +80,9 @@ impl GuestRings {
 }
 
 impl Rings for GuestRings {
-    fn install(&mut self, index: usize, ring: ActiveRing, enabled: bool) {
-        if enabled {
+    fn install(&mut self, index: usize, mut ring: ActiveRing, enabled: bool) {
+        ring.enabled = enabled;
+        if enabled || !index.is_multiple_of(2) {
             self.start(index, ring);
         } else if let Some(place) = self.disabled.get_mut(index) {
             *place = Some(ring);
@@ -90,12 +95,15 @@ impl Rings for GuestRings {
     }
 
     fn set_enabled(&mut self, index: usize, enabled: bool) {
-        if enabled {
-            if let Some(mut ring) = self.disabled.get_mut(index).and_then(Option::take) {
-                if !index.is_multiple_of(2) {
-                    // What was sent while the ring was disabled is of yesterday.
-                    ring.discard();
-                }
+        if !index.is_multiple_of(2) {
+            if let Some(source) = self.sources.get(index / 2) {
+                source.set_enabled(enabled);
+            }
+            if enabled {
+                self.core.set_state(PortState::Up);
+            }
+        } else if enabled {
+            if let Some(ring) = self.disabled.get_mut(index).and_then(Option::take) {
                 self.start(index, ring);
             }
         } else if let Some(ring) = self.stop(index)
@@ -142,7 +150,7 @@ impl Rings for GuestRings {
 }
 
 /// A reverse ARP request of a station for its own address (RFC 903), padded to the shortest frame.
-fn reverse_arp(Mac(mac): Mac) -> [u8; 60] {
+pub(super) fn reverse_arp(Mac(mac): Mac) -> [u8; 60] {
     let mut frame = [0; 60];
     frame[..6].fill(0xff);
     frame[6..12].copy_from_slice(&mac);

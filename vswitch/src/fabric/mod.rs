@@ -134,14 +134,17 @@ impl Fabric {
     /// # Errors
     /// There is none of that name.
     pub fn remove_switch(&self, name: &str) -> Result<(), FabricError> {
+        // Locked until all is gone, so that no port is added meanwhile.
         let mut inner = self.lock();
-        let owner = inner.switch_mut(name)?;
-        let ports: Vec<String> = owner.ports.keys().cloned().collect();
-        for port in ports {
-            self.take_out(owner, &port);
-        }
+        self.take_down(inner.switch_mut(name)?);
         inner.switches.remove(name);
         Ok(())
+    }
+
+    fn take_down(&self, switch: &mut Switch) {
+        while let Some(port) = switch.ports.keys().next().cloned() {
+            self.take_out(switch, &port);
+        }
     }
 
     /// Forgets learnt addresses of the switch, or of one port. Returns how many.
@@ -211,11 +214,10 @@ impl Fabric {
 
     /// Removes every switch; sockets and devices made by the switch go with them.
     pub fn shutdown(&self) {
-        let names: Vec<String> = self.lock().switches.keys().cloned().collect();
-        for name in names {
-            // It can only be gone already.
-            let _ = self.remove_switch(&name);
-        }
+        let mut inner = self.lock();
+        inner.switches.values_mut().for_each(|switch| self.take_down(switch));
+        inner.switches.clear();
+        drop(inner);
         let _ = self.events.send(PortEvent::Stop);
     }
 }
@@ -225,3 +227,6 @@ impl Drop for Fabric {
         let _ = self.events.send(PortEvent::Stop);
     }
 }
+
+#[cfg(test)]
+mod tests;

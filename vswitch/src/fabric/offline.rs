@@ -9,6 +9,7 @@ use super::switch::{Port, Switch, steering};
 use super::validate;
 use crate::error::FabricError;
 use crate::port::{PortCore, PortId};
+use crate::ports::file::WhenFull;
 use crate::queue::{Scratch, Sink, SinkQueue, Source, SourceQueue};
 use crate::report::{FabricReport, PortState, SwitchReport};
 use crate::spec::{Attachment, Pace, PortSpec, SwitchSpec};
@@ -91,7 +92,7 @@ fn open_files(switches: &[Switch]) -> Result<(), FabricError> {
     }
     let epoch = played.iter().filter_map(|(_, file)| file.recorded_time()).min().unwrap_or(0);
     for port in ports() {
-        attach::written_file(port, epoch)?;
+        attach::written_file(port, epoch, WhenFull::Wait)?;
         port.core.set_state(PortState::Up);
     }
     for (port, mut file) in played {

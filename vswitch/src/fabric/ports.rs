@@ -62,8 +62,12 @@ impl Fabric {
         owner.ports.insert(name.clone(), port);
         owner.publish();
         let port = owner.port_mut(&name)?;
-        port.attached = attach::guest(&self.vhost, self.workers.clock(), &port.core, port);
-        self.attach(port).inspect_err(|_| self.take_out(owner, &name))
+        attach::guest(&self.vhost, self.workers.clock(), &port.core, port)
+            .and_then(|attached| {
+                port.attached = attached;
+                self.attach(port)
+            })
+            .inspect_err(|_| self.take_out(owner, &name))
     }
 
     /// A port's queues, placed on workers.

@@ -87,13 +87,6 @@ pub fn update(field: u16, old: u16, new: u16) -> u16 {
     finish(u32::from(!field) + u32::from(!old) + u32::from(new))
 }
 
-/// The checksum field after covered bytes at an even offset changed from `old` to `new`.
-#[inline]
-pub fn update_bytes(field: u16, old: &[u8], new: &[u8]) -> u16 {
-    let without_old = add(u32::from(!field), u32::from(finish(sum(old, 0))));
-    finish(sum(new, without_old))
-}
-
 /// One's-complement addition.
 #[inline]
 fn add(a: u32, b: u32) -> u32 {
@@ -245,13 +238,11 @@ mod tests {
             let before = finish(sum(&bytes, 0));
             let mut changed = bytes.clone();
             changed[2 * at..2 * at + 4].copy_from_slice(&new);
-            let updated = update_bytes(before, &bytes[2 * at..2 * at + 4], &new);
-            // 0 and all ones are the same number; which of them comes out may differ.
-            prop_assert!(is_valid(sum(&changed, u32::from(updated))) || changed.iter().all(|byte| *byte == 0));
             let old = [bytes[2 * at], bytes[2 * at + 1], bytes[2 * at + 2], bytes[2 * at + 3]];
             let first = update(before, u16::from_be_bytes([old[0], old[1]]), u16::from_be_bytes([new[0], new[1]]));
             let both = update(first, u16::from_be_bytes([old[2], old[3]]), u16::from_be_bytes([new[2], new[3]]));
-            prop_assert_eq!(both, updated);
+            // 0 and all ones are the same number; which of them comes out may differ.
+            prop_assert!(is_valid(sum(&changed, u32::from(both))) || changed.iter().all(|byte| *byte == 0));
         }
     }
 }

@@ -67,7 +67,7 @@ fn translate(given: &[Given], want: &Want) -> (Vec<Got>, Vec<DropReason>) {
     };
     if Translator::needed(&burst, &list, want) {
         TRANSLATOR.with_borrow_mut(|translator| {
-            translator.run(&burst, &list, want, &mut sink, &mut |reason| dropped.push(reason));
+            translator.run(&burst, &list, want, &mut sink, &mut |_, reason| dropped.push(reason));
         });
     } else {
         sink(&burst, &list);

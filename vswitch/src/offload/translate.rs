@@ -143,7 +143,7 @@ impl Translator {
     }
 
     /// Puts the frames of `burst` that `list` names to `sink`, as `want` says, and calls `dropped` for each that cannot
-    /// be: [`DropReason::EgressMtu`], [`DropReason::BadOffload`], [`DropReason::Malformed`] (in too many pieces).
+    /// be, with its index and why: [`DropReason::EgressMtu`], [`DropReason::BadOffload`], [`DropReason::Malformed`] (in too many pieces).
     ///
     /// Each frame is changed in the order tag, length, then merged, cut up or given its checksum. Frames of one flow
     /// keep their order. `sink` is called once per up to 64 frames.
@@ -153,7 +153,7 @@ impl Translator {
         list: &[u8],
         want: &Want,
         sink: &mut impl FrameSink,
-        dropped: &mut impl FnMut(DropReason),
+        dropped: &mut impl FnMut(u8, DropReason),
     ) {
         let Self { store, slots, coalescer } = self;
         for list in list.chunks(BURST_FRAMES) {
@@ -232,7 +232,7 @@ struct Job<'b, 'm> {
 
 impl<'b> Job<'b, '_> {
     /// Adds frames to `out` until it is full (true) or nothing is left (false).
-    fn fill<'x>(&mut self, out: &mut Output<'x>, dropped: &mut impl FnMut(DropReason)) -> bool
+    fn fill<'x>(&mut self, out: &mut Output<'x>, dropped: &mut impl FnMut(u8, DropReason)) -> bool
     where
         'b: 'x,
     {
@@ -249,8 +249,10 @@ impl<'b> Job<'b, '_> {
                     self.start(self.place - 1, frame, out)
                 }
             };
-            if let Err(reason) = step {
-                dropped(reason);
+            if let Err(reason) = step
+                && let Some(&index) = self.place.checked_sub(1).and_then(|place| self.list.get(place))
+            {
+                dropped(index, reason);
             }
         }
     }

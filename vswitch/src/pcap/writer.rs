@@ -153,6 +153,11 @@ impl<W: Write> Writer<W> {
         Ok(writer)
     }
 
+    /// The stream.
+    pub fn stream_mut(&mut self) -> &mut W {
+        &mut self.stream
+    }
+
     /// Describes an interface; this may be done at any time before its first packet. An empty name or description is
     /// left out. Packets are cut at `snaplen` bytes; 0, or more than [`MAX_PACKET`], means [`MAX_PACKET`].
     ///

@@ -81,6 +81,8 @@ struct Core {
     master: bool,
     dead: bool,
     cable: Option<Arc<OwnedFd>>,
+    /// The operator has taken the link down; the cable stays plugged in, and what comes through it is lost.
+    down: bool,
 }
 
 /// The adapter, shared by virtual processors and its thread.
@@ -143,6 +145,7 @@ impl Core {
             master: false,
             dead: false,
             cable: None,
+            down: false,
         }
     }
 
@@ -150,15 +153,23 @@ impl Core {
     fn reset(&mut self) {
         let fresh = Self::new(self.mac);
         let (cable, master, line) = (self.cable.take(), self.master, self.line);
-        let (listening, held) = (self.listening, self.held);
-        *self = Self { cable, master, line, listening, held, ..fresh };
-        self.phy.set_link(self.cable.is_some());
+        let (listening, held, down) = (self.listening, self.held, self.down);
+        *self = Self { cable, master, line, listening, held, down, ..fresh };
+        self.phy.set_link(self.link());
     }
 
     /// The other end is gone.
     fn unplug(&mut self) {
         self.cable = None;
-        self.phy.set_link(false);
+        self.link_changed();
+    }
+
+    fn link(&self) -> bool {
+        self.cable.is_some() && !self.down
+    }
+
+    fn link_changed(&mut self) {
+        self.phy.set_link(self.link());
         self.interrupts.raise(CAUSE_LSC);
     }
 
@@ -176,7 +187,7 @@ impl Core {
     }
 
     fn status(&self) -> u32 {
-        STATUS_FD | STATUS_1000 | if self.cable.is_some() { STATUS_LU } else { 0 }
+        STATUS_FD | STATUS_1000 | if self.link() { STATUS_LU } else { 0 }
     }
 
     fn read(&mut self, register: u32) -> u32 {
@@ -385,8 +396,19 @@ impl E1000 {
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&cable, BUFFER);
         let mut core = self.0.lock();
         core.cable = Some(Arc::new(cable));
-        core.phy.set_link(true);
-        core.interrupts.raise(CAUSE_LSC);
+        core.link_changed();
+        self.0.update_line(&mut core);
+        drop(core);
+        self.0.wake.ring();
+    }
+
+    /// Takes the link down or up, with the cable plugged in.
+    pub fn set_link(&self, up: bool) {
+        let mut core = self.0.lock();
+        if std::mem::replace(&mut core.down, !up) != up {
+            return;
+        }
+        core.link_changed();
         self.0.update_line(&mut core);
         drop(core);
         self.0.wake.ring();

@@ -56,11 +56,12 @@ impl Core {
     }
 
     fn plan(&mut self) -> Plan {
-        self.listening = self.receives() && self.receive.available() > 0;
+        // What comes while the link is down is lost then, and not delivered later.
+        self.listening = self.down && !self.held || self.receives() && self.receive.available() > 0;
         let (mut events, mut until) = (PollFlags::empty(), self.alarm.filter(|_| !self.held));
         events.set(PollFlags::IN, self.listening);
         match self.backlog {
-            Backlog::Blocked if self.transmits() && self.cable.is_some() => events |= PollFlags::OUT,
+            Backlog::Blocked if self.transmits() && self.link() => events |= PollFlags::OUT,
             Backlog::Blocked | Backlog::More if self.transmits() => until = Some(Instant::now()),
             _ => {}
         }
@@ -145,12 +146,13 @@ impl Shared {
             self.update_line(&mut core);
             return;
         }
-        let (mut ring, tag, cable) = (core.transmit, core.filters.strip, core.cable.clone());
+        let (mut ring, tag) = (core.transmit, core.filters.strip);
+        let cable = core.cable.clone().filter(|_| !core.down);
         drop(core);
         let mut sent = Sent::default();
         let mut send = |bytes: &[u8]| {
             let write = |cable| rustix::io::retry_on_intr(|| rustix::io::write(cable, bytes));
-            // Without a cable, or with nobody at its other end, frames are lost.
+            // Without a link, or with nobody at its other end, frames are lost.
             let taken = cable.as_deref().map(write) != Some(Err(Errno::AGAIN));
             if taken {
                 sent.count(&bytes[VNET..]);
@@ -190,6 +192,7 @@ impl Shared {
                     break;
                 }
                 Err(_) => break,
+                Ok(_) if core.down => continue,
                 // A frame for a receiver that was stopped meanwhile is lost.
                 Ok(_) if !core.receives() => break,
                 Ok(_) => core.receive(&self.memory, message),

@@ -44,16 +44,20 @@ impl Driver {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         nic.connect(near);
         let driver = Self { nic, memory, line, faults, far };
-        driver.nic.set_master(true);
-        driver.set(TDBAL, 0x1000);
-        driver.set(TDLEN, 256);
-        driver.set(RDBAL, 0x2000);
-        driver.set(RDLEN, 256);
-        driver.set(TCTL, TCTL_EN);
-        driver.set(RCTL, RCTL_EN | RCTL_BAM);
-        driver.set(IMS, u32::MAX);
-        driver.get(ICR);
+        driver.set_up();
         driver
+    }
+
+    fn set_up(&self) {
+        self.nic.set_master(true);
+        self.set(TDBAL, 0x1000);
+        self.set(TDLEN, 256);
+        self.set(RDBAL, 0x2000);
+        self.set(RDLEN, 256);
+        self.set(TCTL, TCTL_EN);
+        self.set(RCTL, RCTL_EN | RCTL_BAM);
+        self.set(IMS, u32::MAX);
+        self.get(ICR);
     }
 
     fn set(&self, register: u32, value: u32) {
@@ -325,6 +329,38 @@ fn cable_pulled_at_the_other_end_is_link_down() {
     let Driver { nic, far, .. } = driver;
     drop(far);
     until("link loss", || !nic.is_connected());
+}
+
+#[test]
+fn link_taken_down_is_told_and_carries_nothing_until_it_is_up() {
+    let driver = Driver::new();
+    driver.start();
+    driver.nic.set_link(false);
+    assert_ne!(driver.get(ICR) & CAUSE_LSC, 0);
+    assert!(driver.nic.is_connected(), "the cable stays");
+    driver.nic.reset();
+    assert_eq!(driver.get(STATUS) & STATUS_LU, 0, "a reset does not bring it up");
+    driver.set_up();
+    driver.descriptor(RX, 0, data(BUFFERS, 0, 0, 0, 0));
+    driver.set(RDT, 1);
+    driver.descriptor(TX, 0, data(BUFFERS + 0x4000, 64, 0, 1 | 8, 0));
+    driver.set(TDT, 1);
+    let lost = [&[0; 12][..], &ethernet(MAC, 100)].concat();
+    rustix::io::write(&driver.far, &lost).unwrap();
+    let cable = driver.nic.0.lock().cable.clone().unwrap();
+    until("the loss of what came", || rustix::io::ioctl_fionread(&cable).unwrap() == 0);
+    assert_eq!(driver.get(GPRC), 0);
+    assert_ne!(driver.peek(TX + 12, 1)[0] & 1, 0, "what was sent is done with");
+    let mut nothing = [0; 1];
+    let sent = rustix::net::recv(&driver.far, &mut nothing, rustix::net::RecvFlags::DONTWAIT);
+    assert!(sent.is_err());
+    driver.nic.set_link(true);
+    assert_ne!(driver.get(STATUS) & STATUS_LU, 0);
+    assert_ne!(driver.get(ICR) & CAUSE_LSC, 0);
+    driver.nic.set_link(true);
+    assert_eq!(driver.get(ICR) & CAUSE_LSC, 0, "what does not change is not told");
+    rustix::io::write(&driver.far, &lost).unwrap();
+    until("reception", || driver.peek(RX + 12, 1)[0] & 1 != 0);
 }
 
 #[test]

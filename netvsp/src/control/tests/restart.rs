@@ -50,6 +50,7 @@ fn saved_state_that_is_cut_or_tampered_with_is_refused() {
     for len in 0..saved.len() {
         assert!(Nvsp::new(config()).restore(&saved.as_bytes()[..len]).is_err(), "{len}");
     }
+    let groups = format!("\"multicast\":[{}]", vec!["[1,0,94,0,0,1]"; 33].join(","));
     let size = format!("\"section_size\":{}", receive_section_bytes(1500, true));
     for (from, to) in [
         ("\"format\":1", "\"format\":2"),
@@ -58,6 +59,7 @@ fn saved_state_that_is_cut_or_tampered_with_is_refused() {
         (size.as_str(), "\"section_size\":0"),
         ("\"subchannels\":2", "\"subchannels\":64"),
         ("\"mtu\":1500", "\"mtu\":0"),
+        ("\"multicast\":[]", &groups),
         ("\"rss\":null", "\"rss\":{\"key\":[],\"table\":[0],\"hash\":257}"),
     ] {
         assert!(saved.contains(from), "{from} in {saved}");
@@ -65,6 +67,18 @@ fn saved_state_that_is_cut_or_tampered_with_is_refused() {
         assert!(nic.restore(saved.replacen(from, to, 1).as_bytes()).is_err(), "{to}");
         assert_eq!(nic.phase(), Phase::Closed);
     }
+}
+
+#[test]
+fn saved_statistics_near_the_end_of_numbers_are_summed_all_the_same() {
+    let saved = String::from_utf8(busy().nic.save()).unwrap();
+    let none = "\"out_frames\":[0,0,0]";
+    assert!(saved.contains(none), "{saved}");
+    let saved = saved.replacen(none, "\"out_frames\":[18446744073709551615,5,0]", 1);
+    let mut guest = Guest::new(config());
+    guest.nic.restore(saved.as_bytes()).unwrap();
+    assert_eq!(guest.nic.statistics().sent(), 4);
+    assert_eq!(guest.query(Oid::GEN_XMIT_OK)[..4], 4u32.to_le_bytes());
 }
 
 /// What a released version saved must be read by every later one.

@@ -64,6 +64,15 @@ fn section_past_the_end_faults() {
 }
 
 #[test]
+fn ring_packet_longer_than_any_driver_makes_faults() {
+    let reason = fault_of(|guest| {
+        let message = [&announce(0, 100)[..], &[0; 8192]].concat();
+        guest.send_raw(0, &asked(5), &message).unwrap();
+    });
+    assert!(reason.contains("8192"), "{reason}");
+}
+
+#[test]
 fn completion_of_what_is_not_outstanding_faults() {
     let message = nvsp::rndis_complete(nvsp::Status::Success);
     for transaction in [0, 7, 1 << 20, u64::MAX] {

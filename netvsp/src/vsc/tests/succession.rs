@@ -129,6 +129,7 @@ fn successor_knows_what_was_agreed() {
     let mut parts = BTreeSet::new();
     for _ in 0..3 {
         assert_eq!(data(&mut two, &asked), before);
+        assert!(rig.link("nic2").unwrap().set_link("nic2", true));
         // The table, as soon as it is in the switch's plan, and the hash.
         std::thread::sleep(Duration::from_millis(200));
         let used: BTreeSet<_> = (0..60)
@@ -149,6 +150,7 @@ fn successor_knows_what_was_agreed() {
         let received = next(&mut two, 1);
         assert_eq!(received.frame.len(), large.len());
         parts.insert(received.parts);
+        assert!(rig.link("nic2").unwrap().set_link("nic2", false));
         for (guest, name) in [(&mut one, "nic1"), (&mut two, "nic2")] {
             rig.cut(name);
             let switch = guest.vmm().reconnect().unwrap();

@@ -149,11 +149,12 @@ fn rings_that_do_not_fit_are_refused() {
         ("pages not accepted yet", 0x40, 4, 0),
         ("pages never shared", 0x50, 4, 0),
         ("processor that does not exist", 0x10, 4, 4),
+        ("no interrupts", 0x10, 4, NO_INTERRUPTS),
     ] {
         rig.say(&open_at(1, gpadl, split, vp)).unwrap();
         assert_eq!(rig.heard(), ["opened 1 no"], "{what}");
     }
-    rig.say(&open_at(1, 0x10, 6, NO_INTERRUPTS)).unwrap();
+    rig.say(&open_at(1, 0x10, 6, 3)).unwrap();
     assert_eq!(rig.heard(), ["OPEN 0 0x10"]);
 }
 
@@ -179,8 +180,10 @@ fn processors_that_do_not_exist_are_not_answered_on() {
     let (mut rig, _) = Rig::opened(Version::V5_2);
     assert_eq!(rig.say(&modify(1, 4)), Err(GuestError::NoProcessor(4)));
     let (mut rig, _) = Rig::opened(Version::V5_3);
-    rig.say(&modify(1, 4)).unwrap();
-    assert_eq!(rig.heard(), ["modified 1 no"]);
+    for vp in [4, NO_INTERRUPTS] {
+        rig.say(&modify(1, vp)).unwrap();
+        assert_eq!(rig.heard(), ["modified 1 no"]);
+    }
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn audit(rig: &mut Rig, modes: &[VlanMode], ingress: usize, mut frames: Vec<Vec<
                 received += 1;
             }
         };
-        Translator::new().run(&burst, list, &want(mode), &mut take, &mut |reason| panic!("{reason}"));
+        Translator::new().run(&burst, list, &want(mode), &mut take, &mut |_, reason| panic!("{reason}"));
     }
     received
 }

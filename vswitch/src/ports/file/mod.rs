@@ -5,9 +5,10 @@
 //! bytes out.
 //!
 //! Both want plain files (the sink also takes a device such as `/dev/null`): a pipe whose other end is slow would
-//! hold up the worker and with it the whole switch. A file is locked while it is in use, so that no two ports write one
+//! hold up the worker that reads it, and with it the whole switch. Files are written by a thread of their own. A file is locked while it is in use, so that no two ports write one
 //! capture, and none reads what another is overwriting.
 
+mod backlog;
 mod sink;
 mod source;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use rustix::fs::OFlags;
 
 use crate::pcap::{ReadError, WriteError};
 
+pub use backlog::WhenFull;
 pub use sink::FileSink;
 pub use source::{FileSource, Progress};
 

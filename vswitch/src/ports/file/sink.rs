@@ -1,11 +1,12 @@
 //! Writes what leaves the switch into a capture.
 
-use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use vmq::frame::{Burst, Frame};
 use vmq::worker::Nanos;
 
+use super::backlog::{Backlog, WhenFull};
 use super::{FileError, open_to_write};
 use crate::drops::DropReason;
 use crate::pcap::{self, Direction, InterfaceId, Packet, SectionInfo, WriteError, Writer};
@@ -13,18 +14,21 @@ use crate::tally::Tally;
 
 /// A pcapng file of the frames that leave the switch through one port.
 ///
-/// Packets are gathered in a buffer of 64 KiB; whoever owns the sink flushes it at least once a second, so that a reader
-/// of the growing file is not far behind. The file says nothing about the host, so that equal runs are equal files.
+/// Packets are gathered in a buffer of 64 KiB, which a thread writes; whoever owns the sink flushes it at least once a
+/// second, so that a reader of the growing file is not far behind. What a disk is too slow for is counted in the file, too
+/// (`epb_dropcount`, `isb_osdrop`). The file says nothing about the host, so that equal runs are equal files.
 #[derive(Debug)]
 pub struct FileSink {
     path: PathBuf,
     /// `None` once it is closed or has failed.
-    writer: Option<Writer<File>>,
+    writer: Option<Writer<Backlog>>,
     interface: InterfaceId,
     /// The caller's moment 0, in nanoseconds since the epoch.
     epoch: pcap::Nanos,
     drops: bool,
     unsent: bool,
+    /// Frames not written since the last one that was.
+    lost: u64,
     /// A frame's bytes in one piece.
     scratch: Vec<u8>,
 }
@@ -36,11 +40,31 @@ impl FileSink {
     ///
     /// # Errors
     /// The file cannot be made or written, is in use by another port, or is a pipe.
-    pub fn create(path: &Path, port: &str, epoch: pcap::Nanos, drops: bool) -> Result<Self, FileError> {
-        let file = open_to_write(path)?;
+    pub fn create(
+        path: &Path,
+        port: &str,
+        epoch: pcap::Nanos,
+        drops: bool,
+        when_full: WhenFull,
+    ) -> Result<Self, FileError> {
+        let mut sink = Self::begin(open_to_write(path)?, path, port, epoch, drops, when_full)?;
+        // A disk that takes nothing at all is told of at once.
+        sink.drain()?;
+        Ok(sink)
+    }
+
+    pub(super) fn begin(
+        file: impl Write + Send + 'static,
+        path: &Path,
+        port: &str,
+        epoch: pcap::Nanos,
+        drops: bool,
+        when_full: WhenFull,
+    ) -> Result<Self, FileError> {
         let failed = |cause| FileError::Write { path: path.into(), cause };
         let section = SectionInfo { os: None, application: Some("switchyard") };
-        let mut writer = Writer::new(file, &section).map_err(failed)?;
+        let backlog = Backlog::start(file, when_full).map_err(|error| failed(error.into()))?;
+        let mut writer = Writer::new(backlog, &section).map_err(failed)?;
         let interface = writer.add_interface(port, "", 0).map_err(failed)?;
         Ok(Self {
             path: path.into(),
@@ -49,11 +73,13 @@ impl FileSink {
             epoch,
             drops,
             unsent: true,
+            lost: 0,
             scratch: Vec::new(),
         })
     }
 
-    /// Writes the frames of `list`, which leave the port at `now`, as outbound packets.
+    /// Writes the frames of `list`, which leave the port at `now`, as outbound packets. Those that the disk is too slow
+    /// for are counted as [`DropReason::CaptureLoss`].
     ///
     /// # Errors
     /// The file cannot be written. The frames not written are counted as [`DropReason::DeviceError`], as are all later
@@ -68,7 +94,8 @@ impl FileSink {
         for (done, &index) in list.iter().enumerate() {
             let Some(frame) = burst.frames().get(usize::from(index)) else { continue };
             match self.write(now, burst, frame, None) {
-                Ok(()) => tally.moved(frame.len),
+                Ok(true) => tally.moved(frame.len),
+                Ok(false) => tally.drop(DropReason::CaptureLoss),
                 Err(error) => {
                     tally.drop_many(DropReason::DeviceError, list.len() - done);
                     return Err(error);
@@ -99,7 +126,7 @@ impl FileSink {
         Ok(())
     }
 
-    /// Sends what is still in the buffer to the file. Costs nothing if there is nothing.
+    /// Has what is still in the buffer written. Costs nothing if there is nothing.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -110,27 +137,42 @@ impl FileSink {
         self.attempt(Writer::flush)
     }
 
+    /// Waits until the file has all that was sent to it.
+    pub(super) fn drain(&mut self) -> Result<(), FileError> {
+        let drained = self.writer.as_mut().map_or(Ok(()), |writer| writer.stream_mut().drain());
+        drained.map_err(|error| FileError::Write { path: self.path.clone(), cause: error.into() })
+    }
+
     /// Ends the capture with its statistics. Further frames are refused.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn close(&mut self) -> Result<(), FileError> {
         let Some(writer) = self.writer.take() else { return Ok(()) };
-        writer.close().map(drop).map_err(|cause| FileError::Write { path: self.path.clone(), cause })
+        let closed = writer.close().and_then(|backlog| Ok(backlog.finish()?));
+        closed.map_err(|cause| FileError::Write { path: self.path.clone(), cause })
     }
 
+    /// False if there is no room for the frame, which is counted as lost.
     fn write(
         &mut self,
         now: Nanos,
         burst: &Burst<'_>,
         frame: &Frame,
         dropped: Option<DropReason>,
-    ) -> Result<(), FileError> {
+    ) -> Result<bool, FileError> {
+        let interface = self.interface;
+        if self.writer.as_mut().is_some_and(|writer| !writer.stream_mut().has_room()) {
+            self.lost += 1;
+            self.attempt(|writer| writer.statistics_mut(interface).map(|counts| counts.os_dropped += 1))?;
+            return Ok(false);
+        }
         let mut data = std::mem::take(&mut self.scratch);
         flatten(burst, frame, &mut data);
-        let (interface, time) = (self.interface, self.epoch.saturating_add(now));
+        let time = self.epoch.saturating_add(now);
+        let lost_before = Some(std::mem::take(&mut self.lost)).filter(|&lost| lost > 0);
         let written = self.attempt(|writer| {
-            let packet = Packet::new(interface, time, &data);
+            let packet = Packet { lost_before, ..Packet::new(interface, time, &data) };
             match dropped {
                 None => writer.packet(&Packet { direction: Some(Direction::Outbound), ..packet }),
                 Some(reason) => {
@@ -142,13 +184,13 @@ impl FileSink {
         });
         self.scratch = data;
         self.unsent = true;
-        written
+        written.map(|()| true)
     }
 
     /// After a failure the writer is let go, and with it the file.
     fn attempt(
         &mut self,
-        act: impl FnOnce(&mut Writer<File>) -> Result<(), WriteError>,
+        act: impl FnOnce(&mut Writer<Backlog>) -> Result<(), WriteError>,
     ) -> Result<(), FileError> {
         let outcome = self.writer.as_mut().ok_or(WriteError::Broken).and_then(act);
         outcome.map_err(|cause| {

@@ -5,6 +5,7 @@ use std::process::Command;
 use tempfile::TempDir;
 use vmq::frame::{BURST_FRAMES, Burst, FrameStore, MAX_FRAME, Offload};
 
+use super::backlog::tests::Disk;
 use super::*;
 use crate::DropReason;
 use crate::pcap::test_support::{OwnedRecord, read_all};
@@ -283,7 +284,10 @@ fn pipe_or_directory_is_refused_without_waiting() {
     let pipe = dir.path("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     assert!(matches!(FileSource::open(&pipe, Pace::Full, false), Err(FileError::NotPlain { .. })));
-    assert!(matches!(FileSink::create(&pipe, "p", 0, false), Err(FileError::NotPlain { .. })));
+    assert!(matches!(
+        FileSink::create(&pipe, "p", 0, false, WhenFull::Wait),
+        Err(FileError::NotPlain { .. })
+    ));
     assert!(matches!(FileSource::open(dir.0.path(), Pace::Full, false), Err(FileError::NotPlain { .. })));
     let missing = FileSource::open(&dir.path("missing"), Pace::Full, false).unwrap_err().to_string();
     assert!(missing.contains("missing") && missing.contains("No such file"), "{missing}");
@@ -295,12 +299,12 @@ fn file_in_use_is_neither_overwritten_nor_read() {
     let path = dir.capture("in", &[(1, 60)]);
     let before = fs::read(&path).unwrap();
     let source = FileSource::open(&path, Pace::Full, false).unwrap();
-    assert!(matches!(FileSink::create(&path, "p", 0, false), Err(FileError::InUse { .. })));
+    assert!(matches!(FileSink::create(&path, "p", 0, false, WhenFull::Wait), Err(FileError::InUse { .. })));
     assert_eq!(fs::read(&path).unwrap(), before);
     assert!(FileSource::open(&path, Pace::Full, false).is_ok(), "two may read");
     drop(source);
-    let mut sink = FileSink::create(&path, "p", 0, false).unwrap();
-    assert!(matches!(FileSink::create(&path, "p", 0, false), Err(FileError::InUse { .. })));
+    let mut sink = FileSink::create(&path, "p", 0, false, WhenFull::Wait).unwrap();
+    assert!(matches!(FileSink::create(&path, "p", 0, false, WhenFull::Wait), Err(FileError::InUse { .. })));
     assert!(matches!(FileSource::open(&path, Pace::Full, false), Err(FileError::InUse { .. })));
     sink.close().unwrap();
     assert!(FileSource::open(&path, Pace::Full, false).is_ok());
@@ -337,7 +341,8 @@ fn frames_of_the_list_are_written_with_time_and_direction() {
     let dir = Dir::new();
     let frames: Vec<_> =
         [14, 60, 64, 65, 1514, 9018, 65_550].map(|len| vec![u8::try_from(len % 251).unwrap(); len]).into();
-    let mut sink = FileSink::create(&dir.path("out"), "red", 1_700_000_000_000_000_000, false).unwrap();
+    let mut sink =
+        FileSink::create(&dir.path("out"), "red", 1_700_000_000_000_000_000, false, WhenFull::Wait).unwrap();
     let tally = write(&mut sink, 42, &frames, &[0, 1, 3, 4, 6], &[(2, DropReason::Spoofed)]);
     assert_eq!((tally.frames, tally.bytes), (5, 14 + 60 + 65 + 1514 + 65_550));
     sink.close().unwrap();
@@ -353,7 +358,7 @@ fn frames_of_the_list_are_written_with_time_and_direction() {
 #[test]
 fn dropped_frames_are_written_with_their_reason_if_asked_for() {
     let dir = Dir::new();
-    let mut sink = FileSink::create(&dir.path("out"), "red", 0, true).unwrap();
+    let mut sink = FileSink::create(&dir.path("out"), "red", 0, true, WhenFull::Wait).unwrap();
     write(&mut sink, 1, &[vec![7; 60], vec![8; 13]], &[0], &[(1, DropReason::Runt)]);
     sink.close().unwrap();
     let records = records(&dir.path("out"));
@@ -365,10 +370,11 @@ fn dropped_frames_are_written_with_their_reason_if_asked_for() {
 #[test]
 fn flushed_capture_can_be_read_while_it_grows() {
     let dir = Dir::new();
-    let mut sink = FileSink::create(&dir.path("out"), "red", 0, false).unwrap();
+    let mut sink = FileSink::create(&dir.path("out"), "red", 0, false, WhenFull::Wait).unwrap();
     for count in 1..=3 {
         write(&mut sink, count, &[vec![1; 60]], &[0], &[]);
         sink.flush().unwrap();
+        sink.drain().unwrap();
         assert_eq!(records(&dir.path("out")).len() as u64, count);
     }
 }
@@ -376,7 +382,7 @@ fn flushed_capture_can_be_read_while_it_grows() {
 #[test]
 fn sink_that_is_dropped_leaves_a_whole_capture() {
     let dir = Dir::new();
-    let mut sink = FileSink::create(&dir.path("out"), "red", 0, false).unwrap();
+    let mut sink = FileSink::create(&dir.path("out"), "red", 0, false, WhenFull::Wait).unwrap();
     write(&mut sink, 1, &[vec![1; 60]], &[0], &[]);
     drop(sink);
     assert_eq!(records(&dir.path("out")).len(), 1);
@@ -386,7 +392,7 @@ fn sink_that_is_dropped_leaves_a_whole_capture() {
 fn equal_runs_write_equal_bytes() {
     let dir = Dir::new();
     let run = |name| {
-        let mut sink = FileSink::create(&dir.path(name), "red", 0, true).unwrap();
+        let mut sink = FileSink::create(&dir.path(name), "red", 0, true, WhenFull::Wait).unwrap();
         for now in [1, 2, 900] {
             write(&mut sink, now, &[vec![1; 60], vec![2; 200]], &[0], &[(1, DropReason::NoReceiver)]);
         }
@@ -399,10 +405,11 @@ fn equal_runs_write_equal_bytes() {
 #[test]
 fn full_disk_faults_the_sink_and_every_frame_is_accounted_for() {
     // The header already fails to be written.
-    let error = FileSink::create(Path::new("/dev/full"), "red", 0, false).unwrap_err().to_string();
+    let error =
+        FileSink::create(Path::new("/dev/full"), "red", 0, false, WhenFull::Wait).unwrap_err().to_string();
     assert!(error.starts_with("cannot write `/dev/full`") && error.contains("No space left"), "{error}");
 
-    let mut sink = FileSink::create(Path::new("/dev/null"), "red", 0, false).unwrap();
+    let mut sink = FileSink::create(Path::new("/dev/null"), "red", 0, false, WhenFull::Wait).unwrap();
     assert_eq!(write(&mut sink, 1, &[vec![1; 60]], &[0, 0], &[]).frames, 2);
     sink.close().unwrap();
     let mut store = FrameStore::default();
@@ -414,11 +421,46 @@ fn full_disk_faults_the_sink_and_every_frame_is_accounted_for() {
 }
 
 #[test]
+fn frames_that_a_slow_disk_does_not_take_are_counted_and_the_switch_goes_on() {
+    let (disk, go, taken) = Disk::new();
+    let mut sink = FileSink::begin(disk, Path::new("slow"), "red", 0, true, WhenFull::Lose).unwrap();
+    let frames = [vec![7; 60_000]];
+    let mut sum = Tally::default();
+    for now in 0..10 {
+        let tally = write(&mut sink, now, &frames, &[0; 64], &[]);
+        assert_eq!(tally.frames + tally.dropped_total(), 64);
+        sum.frames += tally.frames;
+        sum.absorb(&tally);
+        // The worker's housekeeping does not wait either.
+        sink.flush().unwrap();
+    }
+    let lost = sum.dropped(DropReason::CaptureLoss);
+    assert!(sum.frames > 250 && lost > 100 && sum.dropped_total() == u64::from(lost));
+    // So is what would have told of a dropped frame.
+    write(&mut sink, 11, &frames, &[], &[(0, DropReason::Runt)]);
+    let mut lost = u64::from(lost) + 1;
+    drop(go);
+    while write(&mut sink, 12, &frames, &[0], &[]).frames == 0 {
+        lost += 1;
+    }
+    sink.close().unwrap();
+    let taken = taken.lock().unwrap();
+    let (records, end) = read_all(taken.as_slice());
+    end.unwrap();
+    assert_eq!((records.len() as u64, records.last().unwrap().time), (sum.frames + 1, 12));
+    // In the options epb_dropcount of the last packet and isb_osdrop.
+    for code in [4, 7] {
+        let option = [&[code, 0, 8, 0], &lost.to_le_bytes()[..]].concat();
+        assert_eq!(taken.windows(12).filter(|bytes| *bytes == option).count(), 1);
+    }
+}
+
+#[test]
 fn capture_played_into_a_sink_comes_out_as_it_was() {
     let dir = Dir::new();
     let path = dir.capture("in", &[(10, 60), (10, 1514), (250, 64), (9_999, 9018), (9_999, 14)]);
     let mut source = FileSource::open(&path, Pace::Recorded, false).unwrap();
-    let mut sink = FileSink::create(&dir.path("out"), "red", 10, false).unwrap();
+    let mut sink = FileSink::create(&dir.path("out"), "red", 10, false, WhenFull::Wait).unwrap();
     let (played, ..) = play(&mut source);
     for (now, frame) in &played {
         write(&mut sink, *now, std::slice::from_ref(frame), &[0], &[]);

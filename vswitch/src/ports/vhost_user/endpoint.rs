@@ -159,7 +159,7 @@ impl Endpoint {
     }
 
     fn connected(&mut self, socket: OwnedFd, listener: Option<Listener>, watch: &Watch<'_>) {
-        let session = Session::new(self.port.config.clone());
+        let session = Session::new(self.port.config.clone(), self.port.share.clone());
         let connection = Connection::new(socket).and_then(|connection| {
             watch.add(connection.as_fd(), Source::Connection)?;
             Ok(connection)

@@ -276,7 +276,7 @@ pub fn fuzz(data: &[u8]) {
     let mut known =
         if head & 2 == 2 { prologue(head & 4 == 4, &config).into_iter() } else { Vec::new().into_iter() };
     let mut port = Port::default();
-    let mut session = Session::new(config.clone());
+    let mut session = Session::new(config.clone(), None);
     for _ in 0..STEPS {
         if let Some(request) = known.next() {
             let bytes = request.encode(false);
@@ -314,7 +314,7 @@ pub fn fuzz(data: &[u8]) {
         if outcome.is_err() {
             session.close(&mut port);
             assert!(port.rings.iter().all(Option::is_none), "a ring outlives its session");
-            session = Session::new(config.clone());
+            session = Session::new(config.clone(), None);
         }
     }
     session.close(&mut port);

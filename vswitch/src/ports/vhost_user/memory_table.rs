@@ -7,8 +7,8 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Stat, fstat};
-use vmq::memory::{DirtyLog, GuestMemory, Mapping, MappingError, Region, RegionError};
+use rustix::fs::fstat;
+use vmq::memory::{DirtyLog, GuestMemory, Mapping, MappingError, Region, RegionError, Share};
 use zerocopy::IntoBytes;
 
 use super::message::{LogArea, MemoryRegion};
@@ -38,9 +38,6 @@ pub enum TableError {
         /// Bytes.
         size: u64,
     },
-    /// Something else than a file, which could not be mapped safely.
-    #[error("the descriptor of a memory region is no regular file")]
-    NotAFile,
     /// The kernel does not tell about the file.
     #[error("cannot examine the file of a memory region")]
     Examine(#[source] rustix::io::Errno),
@@ -102,9 +99,16 @@ pub struct MemoryTable {
     slots: Vec<Slot>,
     log: Option<DirtyLog>,
     memory: Arc<GuestMemory>,
+    /// What is mapped is of this share.
+    share: Option<Arc<Share>>,
 }
 
 impl MemoryTable {
+    /// No memory yet. The mappings to come are of `share`.
+    pub fn new(share: Option<Arc<Share>>) -> Self {
+        Self { share, ..Self::default() }
+    }
+
     /// The memory, as rings use it.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
@@ -129,7 +133,7 @@ impl MemoryTable {
         let mut slots = Vec::new();
         for (wire, extent) in regions.iter().zip(&extents) {
             let longest = extents.iter().filter(|other| other.id == extent.id).max_by_key(|other| other.len);
-            let file = longest.unwrap_or(extent).map(&mut files)?;
+            let file = longest.unwrap_or(extent).map(&mut files, self.share.as_ref())?;
             slots.push(Slot::new(wire, file));
         }
         self.install(slots, self.log.clone())
@@ -152,7 +156,7 @@ impl MemoryTable {
             return Err(TableError::TooMany);
         }
         let mut files: Vec<File> = self.slots.iter().map(|slot| slot.file.clone()).collect();
-        let file = extent.map(&mut files)?;
+        let file = extent.map(&mut files, self.share.as_ref())?;
         let mut slots = self.slots.clone();
         slots.push(Slot::new(wire, file));
         self.install(slots, self.log.clone())
@@ -186,6 +190,25 @@ impl MemoryTable {
         self.install(self.slots.clone(), log)
     }
 
+    /// Maps the dirty log (`SET_LOG_BASE`).
+    ///
+    /// # Errors
+    /// [`TableError`] if size and offset do not fit the file.
+    pub fn map_log(&self, area: &LogArea, fd: &OwnedFd) -> Result<DirtyLog, TableError> {
+        let (offset, size) = (area.offset.get(), area.size.get());
+        let mapping = self.map_file(offset, size, fd)?;
+        DirtyLog::new(mapping, offset, size).ok_or(TableError::Overflow { offset, size })
+    }
+
+    /// Maps a file that is no guest memory from its start to `offset + size`.
+    ///
+    /// # Errors
+    /// [`TableError`] if size and offset do not fit the file.
+    pub fn map_file(&self, offset: u64, size: u64, fd: &OwnedFd) -> Result<Arc<Mapping>, TableError> {
+        let extent = Extent::new(offset, size, fd)?;
+        Ok(Arc::new(Mapping::from_peer_in(self.share.as_ref(), fd.as_fd(), 0, extent.len)?))
+    }
+
     fn install(&mut self, slots: Vec<Slot>, log: Option<DirtyLog>) -> Result<(), TableError> {
         let regions = slots
             .iter()
@@ -215,6 +238,8 @@ struct Extent<'f> {
     id: FileId,
     fd: &'f OwnedFd,
     len: usize,
+    /// The file is as long as it has to be.
+    is_whole: bool,
 }
 
 impl<'f> Extent<'f> {
@@ -224,62 +249,23 @@ impl<'f> Extent<'f> {
 
     fn new(offset: u64, size: u64, fd: &'f OwnedFd) -> Result<Self, TableError> {
         let overflow = TableError::Overflow { offset, size };
-        let Some(end) = offset.checked_add(size) else { return Err(overflow) };
-        // Only files in memory (memfd, shared memory, huge pages) know seals. A page of any other may be a page fault that
-        // some server, of the guest's choice, answers when it likes.
-        if rustix::fs::fcntl_get_seals(fd).is_err() {
-            return Err(TableError::NotAFile);
-        }
+        let end = offset.checked_add(size).and_then(|end| usize::try_from(end).ok());
+        let Some(len) = end else { return Err(overflow) };
         let stat = fstat(fd).map_err(TableError::Examine)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(TableError::NotAFile);
-        }
-        let file_size = u64::try_from(stat.st_size).unwrap_or(0);
-        if file_size < end {
-            return Err(MappingError::Short { size: file_size, needed: end }.into());
-        }
-        let len = usize::try_from(whole_pages(end, file_size, &stat)).map_err(|_| overflow)?;
-        Ok(Self { id: FileId { device: stat.st_dev, inode: stat.st_ino }, fd, len })
+        let is_whole = usize::try_from(stat.st_size).is_ok_and(|size| size >= len);
+        Ok(Self { id: FileId { device: stat.st_dev, inode: stat.st_ino }, fd, len, is_whole })
     }
 
     /// The mapping of the extent's file: one of `files` if it is long enough, else a new one that joins them.
-    fn map(&self, files: &mut Vec<File>) -> Result<File, TableError> {
+    fn map(&self, files: &mut Vec<File>, share: Option<&Arc<Share>>) -> Result<File, TableError> {
         let usable =
             |file: &&File| file.id == self.id && file.mapping.len() >= self.len && !file.mapping.lost();
-        if let Some(file) = files.iter().find(usable) {
+        if let Some(file) = files.iter().find(usable).filter(|_| self.is_whole) {
             return Ok(file.clone());
         }
-        let mapping = Arc::new(Mapping::shared(self.fd.as_fd(), 0, self.len)?);
+        let mapping = Arc::new(Mapping::from_peer_in(share, self.fd.as_fd(), 0, self.len)?);
         let file = File { id: self.id, mapping };
         files.push(file.clone());
         Ok(file)
     }
-}
-
-/// `end` rounded up to the file's own page size if the file is that long: huge pages are unmapped whole or not at all.
-fn whole_pages(end: u64, file_size: u64, stat: &Stat) -> u64 {
-    let page = u64::try_from(stat.st_blksize).unwrap_or(1).max(1);
-    match end.checked_next_multiple_of(page) {
-        Some(rounded) if rounded <= file_size => rounded,
-        _ => end,
-    }
-}
-
-/// Maps the dirty log (`SET_LOG_BASE`).
-///
-/// # Errors
-/// [`TableError`] if size and offset do not fit the file.
-pub fn map_log(area: &LogArea, fd: &OwnedFd) -> Result<DirtyLog, TableError> {
-    let (offset, size) = (area.offset.get(), area.size.get());
-    let mapping = map_file(offset, size, fd)?;
-    DirtyLog::new(mapping, offset, size).ok_or(TableError::Overflow { offset, size })
-}
-
-/// Maps a file from its start to `offset + size`.
-///
-/// # Errors
-/// [`TableError`] if size and offset do not fit the file.
-pub fn map_file(offset: u64, size: u64, fd: &OwnedFd) -> Result<Arc<Mapping>, TableError> {
-    let extent = Extent::new(offset, size, fd)?;
-    Ok(Arc::new(Mapping::shared(fd.as_fd(), 0, extent.len)?))
 }

@@ -18,4 +18,4 @@ pub mod session;
 pub mod socket;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

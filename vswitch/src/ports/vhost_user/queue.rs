@@ -52,6 +52,8 @@ pub struct ActiveRing {
     pub memory: Arc<GuestMemory>,
     /// What was negotiated.
     pub features: NetFeatures,
+    /// What the guest sends goes on its way; else it is discarded.
+    pub enabled: bool,
     /// The guest's doorbell; without one the ring is polled.
     pub kick: Option<Arc<Doorbell>>,
     /// The guest's interrupt; without one the guest polls.
@@ -100,19 +102,19 @@ impl ActiveRing {
         self.memory.lost()
     }
 
-    /// Takes what the guest has sent so far and drops it. Stops at a fault, which the next burst will meet, too.
-    pub fn discard(&mut self) {
+    /// Takes up to `most` frames that the guest has sent and drops them: its ring is disabled. True if the guest was
+    /// interrupted.
+    ///
+    /// # Errors
+    /// The ring is unusable.
+    #[cold]
+    pub fn discard(&mut self, most: usize, tally: &mut Tally) -> Result<bool, RingFault> {
         let memory = &*self.memory;
-        with_ring!(&mut self.ring, ring => {
-            if ring.refresh().is_ok() {
-                // At most a ring's worth.
-                for _ in 0..vmq::ring::MAX_SIZE {
-                    let Ok(Some(chain)) = ring.pop(memory) else { break };
-                    ring.push_used(&chain, 0);
-                }
-            }
-        });
-        self.complete();
+        let discarded = with_ring!(&mut self.ring, ring => discard(ring, memory, most, tally));
+        if self.memory.lost() {
+            return Err(RingFault::MemoryLost);
+        }
+        discarded.map(|()| self.complete())
     }
 
     /// Asks for doorbells; true if there is work already.
@@ -186,6 +188,21 @@ fn receive<'m, R: Virtqueue>(
             _ => receive_pieces(ring, chain, memory, features, burst, tally)?,
         }
     }
+}
+
+fn discard<R: Virtqueue>(
+    ring: &mut R,
+    memory: &GuestMemory,
+    most: usize,
+    tally: &mut Tally,
+) -> Result<(), RingFault> {
+    ring.refresh()?;
+    for _ in 0..most {
+        let Some(chain) = ring.pop(memory)? else { break };
+        ring.push_used(&chain, 0);
+        tally.drop(DropReason::Disabled);
+    }
+    Ok(())
 }
 
 /// A frame in one piece.

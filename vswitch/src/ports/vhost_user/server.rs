@@ -16,6 +16,7 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use vmq::doorbell::Doorbell;
+use vmq::memory::Share;
 
 use super::endpoint::{Endpoint, Watch};
 use super::session::{Rings, SessionConfig};
@@ -46,6 +47,8 @@ pub struct PortEndpoint {
     pub mode: SocketMode,
     /// What is offered.
     pub config: SessionConfig,
+    /// The mappings that its clients are sure to get.
+    pub share: Option<Arc<Share>>,
     /// The port's side.
     pub rings: Box<dyn Rings + Send>,
     /// Told about the connection, on the control thread; must not wait for it.
@@ -69,7 +72,7 @@ pub struct EndpointId(u64);
 
 enum Command {
     Add(u64, PortEndpoint),
-    Remove(u64, Option<std::sync::mpsc::SyncSender<()>>),
+    Remove(u64, std::sync::mpsc::SyncSender<()>),
     Restart(u64),
     Fault(u64),
     Stop,
@@ -100,26 +103,6 @@ impl std::fmt::Debug for Control {
     }
 }
 
-/// Reports faults of the data path; may be kept anywhere, also within a port.
-#[derive(Clone)]
-pub struct FaultHandle {
-    shared: Arc<Shared>,
-    id: u64,
-}
-
-impl std::fmt::Debug for FaultHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FaultHandle").field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
-impl FaultHandle {
-    /// As [`Control::fault`].
-    pub fn fault(&self) {
-        self.shared.command(Command::Fault(self.id));
-    }
-}
-
 impl Control {
     /// Starts the thread.
     ///
@@ -141,15 +124,11 @@ impl Control {
         EndpointId(id)
     }
 
-    /// Serves a port no longer: its rings are given back, its socket goes. Does not wait.
-    pub fn remove(&self, id: EndpointId) {
-        self.shared.command(Command::Remove(id.0, None));
-    }
-
-    /// As [`Control::remove`], and waits until it is done. Not to be called from a port's own callbacks.
+    /// Serves a port no longer: its rings are given back, its socket goes. Waits until it is done; not to be called from
+    /// a port's own callbacks.
     pub fn remove_and_wait(&self, id: EndpointId) {
         let (done, wait) = std::sync::mpsc::sync_channel(1);
-        self.shared.command(Command::Remove(id.0, Some(done)));
+        self.shared.command(Command::Remove(id.0, done));
         let _ = wait.recv();
     }
 
@@ -162,11 +141,6 @@ impl Control {
     /// [`Control::restart`]. Does not wait, so a worker may call it.
     pub fn fault(&self, id: EndpointId) {
         self.shared.command(Command::Fault(id.0));
-    }
-
-    /// A way to report faults of `id` from elsewhere.
-    pub fn fault_handle(&self, id: EndpointId) -> FaultHandle {
-        FaultHandle { shared: Arc::clone(&self.shared), id: id.0 }
     }
 }
 

@@ -13,15 +13,16 @@ mod rings;
 mod vring;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use vmq::Mac;
 use vmq::doorbell::Doorbell;
-use vmq::memory::DirtyLog;
+use vmq::memory::{DirtyLog, Share};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U64;
 
 use super::features::{Features, Negotiated, Protocol};
-use super::memory_table::{MAX_SLOTS, MemoryTable, map_log};
+use super::memory_table::{MAX_SLOTS, MemoryTable};
 use super::message::{
     ConfigArea, Incoming, InflightArea, Kind, LogArea, MAX_CONFIG, MessageError, Reply, Request,
 };
@@ -103,8 +104,8 @@ pub struct Session {
 type Outcome = Result<Option<Reply>, SessionError>;
 
 impl Session {
-    /// A fresh connection.
-    pub fn new(config: SessionConfig) -> Self {
+    /// A fresh connection. What its client shows is mapped as part of `share`.
+    pub fn new(config: SessionConfig, share: Option<Arc<Share>>) -> Self {
         let offered =
             Negotiated { features: Features::offered(&config), protocol: Protocol::offered(&config) };
         let vrings = (0..config.rings()).map(|_| Vring::default()).collect();
@@ -113,7 +114,7 @@ impl Session {
             offered,
             negotiated: Negotiated::default(),
             features_known: false,
-            table: MemoryTable::default(),
+            table: MemoryTable::new(share),
             log: None,
             inflight: None,
             vrings,
@@ -231,7 +232,7 @@ impl Session {
             }
             Request::SetInflightFd(area) => {
                 let (max, packed) = (self.config.rings(), self.negotiated.packed());
-                self.inflight = Some(InflightRecord::map(&area, one(kind, fds)?, max, packed)?);
+                self.inflight = Some(InflightRecord::map(&area, one(kind, fds)?, &self.table, max, packed)?);
             }
             Request::NetSetMtu(asked) => {
                 let limit = self.config.mtu;
@@ -273,7 +274,7 @@ impl Session {
     }
 
     fn set_log(&mut self, area: &LogArea, fd: &OwnedFd, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        self.log = Some(map_log(area, fd)?);
+        self.log = Some(self.table.map_log(area, fd)?);
         self.apply_log(rings)
     }
 

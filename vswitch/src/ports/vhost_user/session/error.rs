@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use vmq::memory::MappingError;
+
 use super::vring::{DoorbellError, InflightError, SetupError};
 use crate::ports::vhost_user::memory_table::TableError;
 use crate::ports::vhost_user::message::{Kind, MessageError};
@@ -105,6 +107,7 @@ impl SessionError {
                 | Self::NotNegotiated(_)
                 | Self::Mtu { .. }
                 | Self::Message(MessageError::Unknown(_))
+                | Self::Memory(TableError::Mapping(MappingError::TooMany(_)))
         )
     }
 }

@@ -9,7 +9,7 @@ use vmq::ring::{Inflight, LayoutError, Ring, RingAddresses, Virtqueue};
 use vmq::with_ring;
 
 use crate::ports::vhost_user::features::{Features, Negotiated};
-use crate::ports::vhost_user::memory_table::{TableError, map_file};
+use crate::ports::vhost_user::memory_table::{MemoryTable, TableError};
 use crate::ports::vhost_user::message::{InflightArea, VringAddress};
 use crate::ports::vhost_user::queue::ActiveRing;
 
@@ -101,7 +101,8 @@ impl Setup {
             Kick::Poll => None,
             Kick::Doorbell(doorbell) => Some(Arc::clone(doorbell)),
         };
-        Ok(ActiveRing { ring, memory: Arc::clone(memory), features: context.negotiated.net(), kick, call })
+        let (memory, features) = (Arc::clone(memory), context.negotiated.net());
+        Ok(ActiveRing { ring, memory, features, enabled: true, kick, call })
     }
 
     /// A split ring goes on where its used index stands. Buffers are completed in order, so that is the base as well
@@ -235,6 +236,7 @@ impl InflightRecord {
     pub(super) fn map(
         area: &InflightArea,
         fd: &OwnedFd,
+        table: &MemoryTable,
         max_rings: usize,
         packed: bool,
     ) -> Result<Self, InflightError> {
@@ -243,7 +245,7 @@ impl InflightRecord {
         if have < need {
             return Err(InflightError::Short { have, need });
         }
-        let mapping = map_file(offset, have, fd)?;
+        let mapping = table.map_file(offset, have, fd)?;
         match usize::try_from(offset) {
             Ok(at) if at.is_multiple_of(8) => {
                 Ok(Self { mapping, offset: at, rings: area.rings.get(), ring_size: area.ring_size.get() })

@@ -74,6 +74,7 @@ fn add(
         path: path.into(),
         mode,
         config: pairs(1),
+        share: None,
         rings: Box::new(port.clone()),
         events: Box::new(move |event| events.lock().unwrap().push(event)),
     })
@@ -159,7 +160,7 @@ fn stale_socket_is_replaced_but_neither_a_living_one_nor_a_file() {
         events.iter().any(|event| matches!(event, PortEvent::Waiting(reason) if reason.contains(text)))
     };
     wait_for("the second port to be refused", || says(&second, "cannot listen"));
-    control.remove(id);
+    control.remove_and_wait(id);
     wait_for("the second port to listen", || says(&second, "listening on"));
 
     let file = directory.path().join("file");
@@ -178,7 +179,7 @@ fn faulted_port_accepts_nobody_until_it_is_restarted() {
     let mut guest = Guest::new(Form::Split, 1);
     let mut front = site.connect();
     guest.start(&mut front, Protocol::REPLY_ACK, 0);
-    site.control.fault_handle(site.id).fault();
+    site.control.fault(site.id);
     wait_for("the rings to be gone", || site.port.installed() == 0);
     assert!(front.ask(&Request::GetFeatures).is_err());
     wait_for("the socket to be gone", || !site.path.exists());
@@ -265,7 +266,7 @@ fn many_silent_ports_come_and_go() {
     wait_for("all clients", || events.lock().unwrap().len() == 768);
     drop(clients);
     for id in ids {
-        control.remove(id);
+        control.remove_and_wait(id);
     }
     wait_for("all sockets to be gone", || (0..384).all(|n| !path(n).exists()));
 }

@@ -208,7 +208,7 @@ fn memory_that_is_no_file_is_refused() {
     for fd in [bell.as_fd(), reader.as_fd()] {
         let table = Request::SetMemTable(vec![region(0, 0x1000, 0)]);
         let reason = ends(Protocol::REPLY_ACK, |front| front.send_raw(&table.encode(true), &[fd]).unwrap());
-        assert!(reason.contains("no regular file"), "{reason}");
+        assert!(reason.contains("not in memory"), "{reason}");
     }
 }
 
@@ -334,7 +334,7 @@ impl Bench {
     fn reach(state: &str) -> Self {
         let form = if state == "packed" { Form::Packed } else { Form::Split };
         let (guest, port) = (Guest::new(form, 2), Port::default());
-        let mut bench = Self { guest, port, session: Session::new(pairs(2)) };
+        let mut bench = Self { guest, port, session: Session::new(pairs(2), None) };
         let steps = STATES.iter().position(|name| *name == state).unwrap();
         if steps == 0 {
             return bench;

@@ -2,5 +2,5 @@ mod control;
 mod conversation;
 mod hostile;
 mod migration;
-mod rig;
+pub(crate) mod rig;
 mod wire;

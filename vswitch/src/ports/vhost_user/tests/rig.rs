@@ -133,7 +133,7 @@ pub fn serve(stream: UnixStream, config: SessionConfig, port: &Port) -> JoinHand
     let mut port = port.clone();
     std::thread::spawn(move || {
         let mut connection = Connection::new(stream.into()).unwrap();
-        let mut session = Session::new(config);
+        let mut session = Session::new(config, None);
         let end = loop {
             match connection.receive() {
                 Ok(Received::Closed) => break Ok(()),

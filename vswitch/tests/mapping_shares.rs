@@ -1,0 +1,100 @@
+//! Mappings are scarce and every vhost-user port needs some. A test binary of its own with one test, as it takes all
+//! that the process has.
+
+#![allow(clippy::unwrap_used, reason = "a test binary")]
+
+use std::os::fd::OwnedFd;
+
+use vmq::doorbell::Doorbell;
+use vmq::memory::{Mapping, Share};
+use vswitch::ports::vhost_user::features::{Negotiated, Protocol};
+use vswitch::ports::vhost_user::message::{Header, Incoming, LogArea, MemoryRegion, Request};
+use vswitch::ports::vhost_user::queue::ActiveRing;
+use vswitch::ports::vhost_user::session::{Rings, Session, SessionConfig};
+use zerocopy::FromBytes;
+
+struct NoRings;
+
+impl Rings for NoRings {
+    fn install(&mut self, _: usize, _: ActiveRing, _: bool) {}
+
+    fn remove(&mut self, _: usize) -> Option<ActiveRing> {
+        None
+    }
+
+    fn set_enabled(&mut self, _: usize, _: bool) {}
+
+    fn set_call(&mut self, _: usize, _: Option<Doorbell>) {}
+
+    fn negotiated(&mut self, _: &Negotiated) {}
+}
+
+struct Peer(Session);
+
+impl Peer {
+    /// `None` if the process has no share left for one more port.
+    fn new() -> Option<Self> {
+        let config = SessionConfig { config_space: true, ..SessionConfig::default() };
+        let mut peer = Self(Session::new(config, Some(Share::new()?)));
+        assert!(peer.tell(&Request::SetProtocolFeatures(Protocol::all().bits()), Vec::new()));
+        Some(peer)
+    }
+
+    /// False if the request is refused. The session must not end.
+    fn tell(&mut self, request: &Request, fds: Vec<OwnedFd>) -> bool {
+        let bytes = request.encode(true);
+        let (header, payload) = bytes.split_at(Header::LEN);
+        let header = Header::read_from_bytes(header).unwrap();
+        let reply = self.0.handle(Incoming { header, payload: payload.to_vec(), fds }, &mut NoRings).unwrap();
+        reply.is_none_or(|reply| reply.payload().iter().all(|&byte| byte == 0))
+    }
+
+    /// Shows region `n`, in a file of its own.
+    fn add(&mut self, n: u64) -> bool {
+        self.tell(&Request::AddMemReg(region(n)), vec![file()])
+    }
+
+    /// Shows eight regions in place of all others, and a dirty log.
+    fn has_its_promise(&mut self) -> bool {
+        let log = LogArea { size: 0x1000.into(), offset: 0.into() };
+        self.tell(&Request::SetMemTable((0..8).map(region).collect()), (0..8).map(|_| file()).collect())
+            && self.tell(&Request::SetLogBase(log), vec![file()])
+    }
+}
+
+fn region(n: u64) -> MemoryRegion {
+    let at = 0x1000 * n;
+    MemoryRegion { guest: at.into(), size: 0x1000.into(), user: at.into(), offset: 0.into() }
+}
+
+fn file() -> OwnedFd {
+    let fd = rustix::fs::memfd_create("peer", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 0x1000).unwrap();
+    fd
+}
+
+#[test]
+fn ports_that_take_every_mapping_leave_the_others_theirs() {
+    let mut honest: Vec<Peer> = (0..384).map(|_| Peer::new().unwrap()).collect();
+    assert!(honest[0].has_its_promise());
+    let mut greedy = Vec::new();
+    while let Some(mut peer) = Peer::new() {
+        let shown = (0..509).take_while(|&n| peer.add(n)).count();
+        assert!(shown >= Share::PROMISED, "{shown} regions");
+        let starved = shown < 509;
+        greedy.push(peer);
+        if starved {
+            break;
+        }
+    }
+    assert!(greedy.len() > 1, "one port took everything");
+    assert!(Peer::new().is_none(), "something is left");
+    assert!(Mapping::memfd("a machine's memory", 0x1000).is_ok());
+    for peer in &mut honest {
+        assert!(peer.has_its_promise() && peer.has_its_promise());
+    }
+    // What the greedy ones had is everybody's again.
+    greedy.clear();
+    assert!((8..509).all(|n| honest[1].add(n)));
+    assert!(Peer::new().is_some());
+}
