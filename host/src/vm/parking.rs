@@ -18,6 +18,9 @@ const LEAVE: u32 = 2;
 const RETURN: u32 = 6;
 const PARKED: u32 = 3;
 
+/// Processors that VMs have at least; where fewer would be left, they get all.
+const FEWEST: usize = 2;
+
 /// A worker's processor.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seat {
@@ -54,7 +57,7 @@ impl Policy {
         self.0 = workers.iter().map(seat).collect();
         let free = |cpu: &usize| !self.0.get(cpu).is_some_and(|seat| seat.taken);
         let left: Vec<usize> = online.iter().copied().filter(free).collect();
-        if left.len() == online.len() { Vec::new() } else { left }
+        if left.len() == online.len() || left.len() < FEWEST { Vec::new() } else { left }
     }
 }
 
@@ -105,25 +108,26 @@ mod tests {
     fn worker_that_sleeps_and_wakes_changes_nothing() {
         let mut policy = Policy::default();
         let mut looks = |activity: Activity, count| {
-            (0..count).map(|_| policy.look(&[(1, activity)], &[0, 1])).collect::<Vec<_>>()
+            (0..count).map(|_| policy.look(&[(1, activity)], &[0, 1, 2])).collect::<Vec<_>>()
         };
         assert_eq!(looks(Asleep, 1), [ALL]);
         for _ in 0..10 {
             assert_eq!([looks(Polling, 1), looks(Asleep, 1)].concat(), [ALL, ALL]);
         }
-        assert_eq!(looks(Polling, 2), [vec![], vec![0]]);
+        assert_eq!(looks(Polling, 2), [vec![], vec![0, 2]]);
         for _ in 0..10 {
-            assert!([looks(Asleep, 5), looks(Polling, 1)].concat().iter().all(|cpus| *cpus == [0]));
+            assert!([looks(Asleep, 5), looks(Polling, 1)].concat().iter().all(|cpus| *cpus == [0, 2]));
         }
         assert_eq!(looks(Asleep, 6).last(), Some(&vec![]), "half a minute of sleep");
     }
 
     #[test]
-    fn machine_whose_processors_all_poll_leaves_vms_all() {
+    fn machine_that_would_leave_vms_one_processor_or_none_leaves_them_all() {
         let mut policy = Policy::default();
         assert_eq!(policy.look(&[(0, Polling), (1, Polling)], &[0, 1]), ALL);
-        assert_eq!(policy.look(&[(1, Polling)], &[0, 1]), [0], "a worker that is gone holds nothing");
-        assert_eq!(policy.look(&[(9, Polling)], &[0, 1]), ALL, "nor does one that is elsewhere");
+        assert_eq!(policy.look(&[(0, Polling), (1, Polling)], &[0, 1, 2]), ALL);
+        assert_eq!(policy.look(&[(1, Polling)], &[0, 1, 2]), [0, 2], "a worker that is gone holds nothing");
+        assert_eq!(policy.look(&[(9, Polling)], &[0, 1, 2]), ALL, "nor does one that is elsewhere");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! How every comparison runs: a warm-up round that is thrown away, then rounds in which each peer is measured once while
 //! the others are frozen. What drifts on a shared machine then drifts for all of them.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -47,12 +49,14 @@ pub struct Plan {
     runs: u32,
     seconds: u32,
     start: Instant,
+    /// Whole rounds of each figure, if they are kept: a measurement that is begun again goes on from there.
+    kept: RefCell<Option<BTreeMap<String, Vec<Vec<f64>>>>>,
 }
 
 impl Plan {
     /// `runs` rounds after the warm-up, `seconds` for each measurement; the programs under test are in `programs`.
     pub fn new(programs: PathBuf, runs: u32, seconds: u32) -> Self {
-        Self { programs, runs, seconds, start: Instant::now() }
+        Self { programs, runs, seconds, start: Instant::now(), kept: RefCell::default() }
     }
 
     /// How long one measurement takes.
@@ -75,30 +79,56 @@ impl Plan {
         eprintln!("[{:6.1} s] {what}", self.start.elapsed().as_secs_f32());
     }
 
+    /// Keeps whole rounds of what is measured from now on, for when it fails and is begun again.
+    pub fn keep_rounds(&self) {
+        self.kept.replace(Some(BTreeMap::new()));
+    }
+
     /// Measures every peer once a round. All must be frozen, and are afterwards. The first peer is ours: tables relate
-    /// the others to it.
+    /// the others to it. Rounds that were kept are not measured again.
     pub fn interleave<P: Peer>(
         &self,
         figure: &Figure,
         peers: &mut [P],
         mut measure: impl FnMut(&mut P) -> Result<f64>,
     ) -> Result<Row> {
-        let mut series: Vec<_> = peers.iter().map(|peer| Series::new(peer.name())).collect();
-        for round in 0..=self.runs {
-            let mut shown = String::new();
-            for (peer, series) in peers.iter_mut().zip(&mut series) {
-                let value = self
-                    .one(peer, &mut measure)
-                    .with_context(|| format!("{}: {}", peer.name(), figure.what))?;
-                if round > 0 {
-                    series.samples.push(value);
-                }
-                shown.push_str(&format!("  {} {value:.3}", peer.name()));
-            }
-            let name = if round == 0 { "warm-up".to_owned() } else { format!("round {round}/{}", self.runs) };
+        let kept = self.kept.borrow().as_ref().and_then(|kept| kept.get(&figure.what).cloned());
+        let mut rounds = kept.unwrap_or_default();
+        let mut name = "warm-up".to_owned();
+        while rounds.len() < self.runs as usize {
+            let round = self.round(figure, peers, &mut measure)?;
+            let shown: String = peers
+                .iter()
+                .zip(&round)
+                .map(|(peer, value)| format!("  {} {value:.3}", peer.name()))
+                .collect();
             self.say(format_args!("{}, {name}:{shown} {}", figure.what, figure.unit));
+            if name != "warm-up" {
+                rounds.push(round);
+                if let Some(kept) = &mut *self.kept.borrow_mut() {
+                    kept.insert(figure.what.clone(), rounds.clone());
+                }
+            }
+            name = format!("round {}/{}", rounds.len() + 1, self.runs);
         }
+        let samples = |at: usize| rounds.iter().filter_map(|round| round.get(at).copied()).collect();
+        let series = |(at, peer): (usize, &P)| Series { samples: samples(at), ..Series::new(peer.name()) };
+        let series = peers.iter().enumerate().map(series).collect();
         Ok(Row { what: figure.what.clone(), unit: figure.unit, series })
+    }
+
+    /// Every peer once.
+    fn round<P: Peer>(
+        &self,
+        figure: &Figure,
+        peers: &mut [P],
+        measure: &mut impl FnMut(&mut P) -> Result<f64>,
+    ) -> Result<Vec<f64>> {
+        let one = |peer: &mut P| {
+            let value = self.one(peer, measure);
+            value.with_context(|| format!("{}: {}", peer.name(), figure.what))
+        };
+        peers.iter_mut().map(one).collect()
     }
 
     fn one<P: Peer>(&self, peer: &mut P, measure: &mut impl FnMut(&mut P) -> Result<f64>) -> Result<f64> {
@@ -152,6 +182,30 @@ mod tests {
         assert_eq!(row.series[0].samples, [3.0, 5.0]);
         assert_eq!(row.series[1].samples, [4.0, 6.0]);
         assert!(peers.iter().all(|peer| !peer.1));
+    }
+
+    #[test]
+    fn rounds_before_a_failure_are_kept_for_the_next_attempt() {
+        let plan = Plan::new(PathBuf::new(), 3, 1);
+        plan.keep_rounds();
+        let mut peers = [Fake("a", false), Fake("b", false)];
+        let mut count = 0;
+        let mut attempt = |fails: i32| {
+            plan.interleave(&Figure::new("x", "y"), &mut peers, |_| {
+                count += 1;
+                ensure!(count != fails, "lost");
+                Ok(f64::from(count))
+            })
+        };
+        // Warm-up, one round, half a round.
+        assert!(attempt(6).is_err());
+        // Warm-up, two rounds.
+        let row = attempt(0).unwrap();
+        assert_eq!(row.series[0].samples, [3.0, 9.0, 11.0]);
+        assert_eq!(row.series[1].samples, [4.0, 10.0, 12.0]);
+        // Another figure of that name.
+        plan.keep_rounds();
+        assert_eq!(attempt(0).unwrap().series[0].samples, [15.0, 17.0, 19.0]);
     }
 
     #[test]
