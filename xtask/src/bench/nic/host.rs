@@ -31,9 +31,10 @@ const KINDS: [Kind; 5] = [
     Kind::Qemu(Card::VirtioQemu),
     Kind::Qemu(Card::E1000),
 ];
+/// For the shortest frames. The fewer guests there are, the more seldom one is lost.
+const FEW: [Kind; 2] = [Kind::Ours(SYNTHETIC), Kind::Qemu(Card::VirtioQemu)];
 const OUR_E1000: usize = 1;
 const VHOST: usize = 2;
-const VIRTIO: usize = 3;
 const QEMU_E1000: usize = 4;
 
 const TRANSMIT: Line = Line { what: "TCP transmit", unit: "Mbit/s", way: Way::Transmit, load: TCP };
@@ -149,7 +150,7 @@ impl Peer for Contender {
 
 /// TCP both ways.
 pub fn tcp(stage: &Stage<'_>) -> Result<Table> {
-    let mut contenders = boot(stage)?;
+    let mut contenders = boot(stage, &KINDS)?;
     let mut table = table();
     for (line, to_vhost) in [(TRANSMIT, 0.8), (RECEIVE, 0.5)] {
         let row = measure(stage, &mut contenders, line)?;
@@ -164,10 +165,10 @@ pub fn tcp(stage: &Stage<'_>) -> Result<Table> {
 
 /// The shortest frames.
 pub fn udp(stage: &Stage<'_>) -> Result<Table> {
-    let mut contenders = boot(stage)?;
+    let mut contenders = boot(stage, &FEW)?;
     let mut table = table();
     let row = measure(stage, &mut contenders, UDP)?;
-    table.goal(&Goal::at_least(format!("{}, to QEMU virtio-net", row.what), row.ratio(VIRTIO), 1.0));
+    table.goal(&Goal::at_least(format!("{}, to QEMU virtio-net", row.what), row.ratio(1), 1.0));
     table.rows.push(row);
     Ok(table)
 }
@@ -176,10 +177,10 @@ fn table() -> Table {
     Table::new("one guest with one processor in the nested host, guest ↔ host, MTU 1500, iperf3")
 }
 
-fn boot(stage: &Stage<'_>) -> Result<Vec<Contender>> {
-    KINDS
-        .into_iter()
-        .map(|kind| {
+fn boot(stage: &Stage<'_>, kinds: &[Kind]) -> Result<Vec<Contender>> {
+    kinds
+        .iter()
+        .map(|&kind| {
             let mut contender = Contender { kind, guest: kind.boot(stage)? };
             contender.freeze()?;
             stage.plan.say(format_args!("{} is up", kind.column()));
