@@ -25,8 +25,11 @@ fn isolated() -> bool {
         .and_then(|()| std::fs::File::options().read(true).write(true).open("/dev/net/tun").map(drop));
     if let Err(error) = &result {
         eprintln!("skipped: needs root and /dev/net/tun: {error}");
+        return false;
     }
-    result.is_ok()
+    // A device is up before it is known by its name.
+    ["all", "default"].into_iter().for_each(quiet);
+    true
 }
 
 fn ip(arguments: &str) {
