@@ -5,24 +5,20 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use switchyard_tests::case;
 use switchyard_tests::iperf::{Load, iperf};
 use switchyard_tests::nested::peer::Card;
 use switchyard_tests::nested::stream::BEYOND_BUFFERS;
-use switchyard_tests::nested::{Host, HostSpec, Namespace, Peer, PeerSpec, Stream, Yardd};
+use switchyard_tests::nested::{Namespace, Peer, PeerSpec, Stream, Yardd, nested};
 use switchyard_tests::ping::{Ping, ping};
 use switchyard_tests::station::Station;
 use switchyard_tests::transfer::transfer;
-use switchyard_tests::yardd::programs;
 
 const BOOT: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn nested_host_runs_commands_side_by_side_and_copies_files() -> Result<()> {
-    case::shared("nested_host_runs_commands_side_by_side_and_copies_files", &[], |lab| {
-        let host = Host::boot(lab, &HostSpec::new(&programs()?), BOOT)?;
-        println!("nested host: {:.1} s", host.boot_time().as_secs_f64());
+    nested("nested_host_runs_commands_side_by_side_and_copies_files", |_, host| {
         let mut slow = host.spawn("echo first; sleep 60")?;
         let output = host.run("echo out; echo err >&2; exit 3", LIMIT)?;
         ensure!((output.status, output.stdout.as_str()) == (3, "out\nerr\n"), "{output:?}");
@@ -44,23 +40,21 @@ fn nested_host_runs_commands_side_by_side_and_copies_files() -> Result<()> {
 
 #[test]
 fn debian_guest_finds_hyperv_under_kvm_in_the_nested_host() -> Result<()> {
-    case::shared("debian_guest_finds_hyperv_under_kvm_in_the_nested_host", &[], |lab| {
-        let host = Host::boot(lab, &HostSpec::new(&programs()?), BOOT)?;
-        println!("nested host: {:.1} s", host.boot_time().as_secs_f64());
+    nested("debian_guest_finds_hyperv_under_kvm_in_the_nested_host", |_, host| {
         let spec = PeerSpec { hyperv: true, ..PeerSpec::new("alpha") }.with(Card::VirtioVhost, 1);
-        let mut peer = Peer::boot(&host, &spec)?;
+        let mut peer = Peer::boot(host, &spec)?;
         println!("guest: {:.1} s", peer.wait_ready(BOOT)?.as_secs_f64());
         // The whole log would take seconds over a serial line.
         for line in ["Hypervisor detected: Microsoft Hyper-V", "hv_vmbus: Vmbus version:"] {
             peer.guest().check(&format!("dmesg | grep '{line}'"), LIMIT)?;
         }
-        let report = ping(&host, peer.guest_address()?, Ping::default())?;
+        let report = ping(host, peer.guest_address()?, Ping::default())?;
         ensure!(report.received > 0, "{report:?}");
         let tcp = Load::Tcp { streams: 1 };
-        let there = iperf(&host, peer.guest(), peer.host_address()?, tcp, 1)?;
-        let back = iperf(peer.guest(), &host, peer.guest_address()?, tcp, 1)?;
+        let there = iperf(host, peer.guest(), peer.host_address()?, tcp, 1)?;
+        let back = iperf(peer.guest(), host, peer.guest_address()?, tcp, 1)?;
         ensure!(there.bits_per_second > 0.0 && back.bits_per_second > 0.0, "{there:?} {back:?}");
-        let mut stream = Stream::start(peer.guest(), &host, peer.host_address()?)?;
+        let mut stream = Stream::start(peer.guest(), host, peer.host_address()?)?;
         stream.wait_for(BEYOND_BUFFERS, BOOT)?;
         ensure!(stream.finish()? > 1 << 19, "little was sent");
         Ok(())
@@ -69,19 +63,18 @@ fn debian_guest_finds_hyperv_under_kvm_in_the_nested_host() -> Result<()> {
 
 #[test]
 fn daemon_runs_in_the_nested_host() -> Result<()> {
-    case::shared("daemon_runs_in_the_nested_host", &[], |lab| {
-        let host = Host::boot(lab, &HostSpec::new(&programs()?), BOOT)?;
+    nested("daemon_runs_in_the_nested_host", |_, host| {
         let config = "[switch.lab]\ntype = \"private\"\n[switch.lab.port.left]\ntap = { name = \"left\" }\n\
                       [switch.lab.port.right]\ntap = { name = \"right\" }\n";
-        let yardd = Yardd::start(&host, &[1], config)?;
-        let left = Namespace::new(&host, "left")?;
+        let yardd = Yardd::start(host, &[1], config)?;
+        let left = Namespace::new(host, "left")?;
         left.plug("left", "10.1.0.1/24")?;
         host.check("ip addr add 10.1.0.2/24 dev right && ip link set right up", LIMIT)?;
         yardd.wait_for_port("lab", "left", "up")?;
         left.check("ping -c 1 -W 5 10.1.0.2 > '/tmp/a file'; cat '/tmp/a file'", LIMIT)?;
-        transfer(&left, &host, "10.1.0.2", 1_000_000)?;
+        transfer(&left, host, "10.1.0.2", 1_000_000)?;
         yardd.crash()?;
-        let yardd = Yardd::run(&host)?;
+        let yardd = Yardd::run(host)?;
         yardd.wait_for_port("lab", "right", "up")
     })
 }

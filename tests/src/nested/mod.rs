@@ -32,6 +32,6 @@ pub use guest::Guest;
 pub use host::{Host, HostSpec};
 pub use namespace::Namespace;
 pub use peer::{Peer, PeerSpec};
-pub use scene::{Steps, scene};
+pub use scene::{Steps, nested, scene};
 pub use stream::Stream;
 pub use yardd::{VmNic, VmSpec, Yardd};

@@ -22,26 +22,34 @@ const ATTEMPTS: u32 = 4;
 /// For a look at logs.
 const SHORT: Duration = Duration::from_secs(20);
 
-/// Boots a nested host, starts the daemon there with `config`, and runs `test`. A failure comes with what workers and
-/// guests have said last.
+/// Boots a nested host, starts the daemon there with `config`, and runs `test`, as [`nested`] does. A failure comes with
+/// what workers and guests have said last.
+pub fn scene(name: &str, config: &str, test: impl Fn(&Host, Yardd, &mut Steps) -> Result<()>) -> Result<()> {
+    nested(name, |_, host| {
+        let mut steps = Steps::default();
+        Yardd::start(host, &[SWITCH_CPU], config)
+            .and_then(|yardd| test(host, yardd, &mut steps))
+            .map_err(|error| anyhow!("{}{error:#}", steps.failures))
+            .and_then(|()| steps.end())
+            .map_err(|error| anyhow!("{error:#}\n{}", last_words(host)))
+    })
+}
+
+/// Boots a nested host and runs `test`, whose lab it is in.
 ///
 /// The software CPU (QEMU 7.2) loses a nested guest's state now and then, QEMU's own guests' as well: page tables are read
 /// where there is no memory, the guest triple-faults or never gets out of one instruction, or the nested host itself dies.
 /// On one processor of this machine, where the emulated ones take turns, that is rare. A test in which it is seen says
 /// nothing about us, and is made again; any other failure counts, and so does one that comes each time.
-pub fn scene(name: &str, config: &str, test: impl Fn(&Host, Yardd, &mut Steps) -> Result<()>) -> Result<()> {
+pub fn nested(name: &str, test: impl Fn(&Lab, &Host) -> Result<()>) -> Result<()> {
     case::shared(name, &[], |lab| {
         for attempt in 1..=ATTEMPTS {
             let spec =
                 HostSpec { name: format!("host{attempt}"), pin: vec![0], ..HostSpec::new(&programs()?) };
             let host = Host::boot(lab, &spec, BOOT)?;
             println!("nested host: {:.1} s", host.boot_time().as_secs_f64());
-            let mut steps = Steps::default();
-            let outcome = Yardd::start(&host, &[SWITCH_CPU], config)
-                .and_then(|yardd| test(&host, yardd, &mut steps))
-                .map_err(|error| anyhow!("{}{error:#}", steps.failures));
-            let Err(error) = outcome.and_then(|()| steps.end()) else { return Ok(()) };
-            let Some(sign) = emulator_failed(lab, &host) else { bail!("{error:#}\n{}", last_words(&host)) };
+            let Err(error) = test(lab, &host) else { return Ok(()) };
+            let Some(sign) = emulator_failed(lab, &host) else { return Err(error) };
             // Past the test harness, which shows what is printed only for failed tests.
             let _ =
                 writeln!(std::io::stderr(), "{name}: attempt {attempt}: the software CPU failed ({sign})");
