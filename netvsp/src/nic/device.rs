@@ -447,6 +447,10 @@ impl Device {
 
     /// Makes the path anew from what was negotiated, and shows it to all channels.
     fn rebuild(&self, control: &mut Control) {
+        if control.resuming {
+            // Not before all is told: sections that look new would wipe out what the predecessor left of them.
+            return;
+        }
         let data = control.nvsp.data_path();
         let rss = data.rss.as_ref().and_then(|wanted| hash(wanted, self.port.queues()));
         let receive = control.receive(&data, rss);
