@@ -226,9 +226,6 @@ impl Task<Scratch> for SourceQueue {
         // Held for this burst only: a silent queue keeps no old snapshot alive.
         let snapshot = self.port.snapshot.load();
         let mut tally = Tally::default();
-        if matches!(source, Source::Absent) {
-            return Polled::Empty;
-        }
         // A mistake of ours stops the port that it came to light at, not the worker with all the others.
         let outcome = panic::catch_unwind(AssertUnwindSafe(|| match source {
             Source::Absent => Ok(()),

@@ -278,7 +278,7 @@ impl Host {
             Action::Gone { device } => {
                 let gone = self.nics.remove(&device);
                 self.tell(&FromVmm::Gone { device: device.0 });
-                if let Some(Device { again: true, leaving: false, nic, .. }) = gone
+                if let Some(Device { again: true, gone: None, nic, .. }) = gone
                     && let Err(error) = self.add_nic(nic)
                 {
                     tracing::error!(error, "adapter cannot be plugged in anew");
@@ -360,7 +360,7 @@ impl Host {
         if nic.kind != NicKind::Synthetic {
             return Err("a legacy adapter can only be there from the start".into());
         }
-        if self.nics.values().any(|device| !device.leaving && device.nic.name == nic.name) {
+        if self.nics.values().any(|device| !device.is_leaving() && device.nic.name == nic.name) {
             return Err(format!("there is an adapter {} already", nic.name));
         }
         let subchannels_max = nic.queues.saturating_sub(1);
@@ -378,10 +378,10 @@ impl Host {
     }
 
     fn remove_nic(&mut self, name: &str) -> Result<Receiver<()>, String> {
-        let found = self.nics.iter_mut().find(|(_, device)| !device.leaving && device.nic.name == name);
+        let found = self.nics.iter_mut().find(|(_, device)| !device.is_leaving() && device.nic.name == name);
         let Some((&id, device)) = found else { return Err(format!("there is no adapter {name}")) };
         let (gone, told) = channel();
-        (device.leaving, device.gone) = (true, Some(gone));
+        device.gone = Some(gone);
         let open = device.channels.get(&0).is_some_and(|closing| !closing);
         let now = Instant::now();
         device.quiet_by = Some(if open { now + QUIET } else { now });
@@ -405,7 +405,7 @@ impl Host {
         let channels = |id: DeviceId| {
             u16::try_from(open.iter().filter(|key| key.device == id).count()).unwrap_or(u16::MAX)
         };
-        let here = || self.nics.iter().filter(|(_, device)| !device.leaving);
+        let here = || self.nics.iter().filter(|(_, device)| !device.is_leaving());
         let connected = self.switch.is_some();
         Report {
             root: self.root.describe(),

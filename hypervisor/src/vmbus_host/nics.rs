@@ -23,11 +23,9 @@ pub(super) struct Device {
     state: OwnedFd,
     /// A switch has been told of it.
     served: bool,
-    /// Taken out; waits for the guest to release it.
-    pub leaving: bool,
     /// To be taken out once the switch says that it is quiet, or at this time.
     pub quiet_by: Option<Instant>,
-    /// Dropped with it: whoever took it out may wait for that.
+    /// Taken out, and waits for the guest to release it. Dropped with it: whoever took it out may wait for that.
     pub gone: Option<Sender<()>>,
     pub fault: Option<String>,
     /// Channels the switch has, by index; true once it was asked to close one.
@@ -50,7 +48,6 @@ impl Device {
             instance,
             state,
             served: false,
-            leaving: false,
             quiet_by: None,
             gone: None,
             fault: None,
@@ -82,6 +79,11 @@ impl Device {
         self.channels.clear();
         self.resuming.clear();
         self.gpadls.clear();
+    }
+
+    /// It was taken out.
+    pub fn is_leaving(&self) -> bool {
+        self.gone.is_some()
     }
 
     /// The switch touches nothing of the guest's.

@@ -167,6 +167,16 @@ fn opened(bench: &Bench, switch: &SwitchConnection, device: u32) -> (u32, OwnedF
     (relid, doorbell)
 }
 
+/// A bench with one adapter, of which a switch has been told everything.
+fn greeted() -> (Bench, SwitchConnection, u32) {
+    let bench = Bench::new();
+    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
+    let switch = bench.connect();
+    let (device, _) = greeting(&switch);
+    assert!(matches!(next(&switch), FromVmm::Ready));
+    (bench, switch, device)
+}
+
 #[test]
 fn switch_that_comes_back_is_told_what_is_open_and_gets_the_same_doorbell() {
     let bench = Bench::new();
@@ -216,11 +226,7 @@ fn guest_goes_on_with_what_it_asked_for_while_no_switch_was_there() {
 
 #[test]
 fn memory_is_not_given_up_before_the_switch_has_let_go() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     let (_, _doorbell) = opened(&bench, &switch, device);
     std::thread::scope(|scope| {
         let detach = scope.spawn(|| bench.vmbus.detach());
@@ -238,11 +244,7 @@ fn memory_is_not_given_up_before_the_switch_has_let_go() {
 
 #[test]
 fn switch_that_dies_while_the_guest_unloads_holds_nobody_up() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     opened(&bench, &switch, device);
     bench.post(&[16, 0]);
     assert!(matches!(next(&switch), FromVmm::Close { .. }));
@@ -252,11 +254,7 @@ fn switch_that_dies_while_the_guest_unloads_holds_nobody_up() {
 
 #[test]
 fn adapters_come_and_go_while_the_guest_runs() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     let (relid, _doorbell) = opened(&bench, &switch, device);
     assert!(bench.vmbus.add_nic(bench.nic("eth0", "21111111-2222-3333-4444-555555555555")).is_err());
     assert!(bench.vmbus.add_nic(bench.nic("eth1", INSTANCE)).is_err());
@@ -283,11 +281,7 @@ fn adapters_come_and_go_while_the_guest_runs() {
 #[test]
 fn adapter_that_nobody_gets_quiet_is_taken_all_the_same() {
     for killed in [true, false] {
-        let bench = Bench::new();
-        bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-        let switch = bench.connect();
-        let (device, _) = greeting(&switch);
-        next(&switch);
+        let (bench, switch, device) = greeted();
         let (relid, _doorbell) = opened(&bench, &switch, device);
         let told = bench.vmbus.remove_nic("eth0").unwrap();
         assert!(matches!(next(&switch), FromVmm::Quiesce { .. }));
@@ -303,11 +297,7 @@ fn adapter_that_nobody_gets_quiet_is_taken_all_the_same() {
 
 #[test]
 fn moved_event_flags_retarget_the_channels_of_that_processor() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     let (relid, _doorbell) = opened(&bench, &switch, device);
     bench.post(&[22, 0, relid, 1]);
     let FromVmm::Retarget { vp: 1, target, .. } = next(&switch) else { panic!() };
@@ -330,11 +320,7 @@ fn moved_event_flags_retarget_the_channels_of_that_processor() {
 #[test]
 fn channel_without_interrupts_is_refused() {
     const NONE: u32 = vmbus::protocol::NO_INTERRUPTS;
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     let (relid, _doorbell) = opened(&bench, &switch, device);
     bench.post(&[22, 0, relid, NONE]);
     let (kind, answer) = bench.message();
@@ -367,11 +353,7 @@ fn messages_without_end_are_put_off_and_unknown_connections_refused() {
 
 #[test]
 fn interrupt_eventfd_is_the_processors() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     let relid = bench.begin();
     bench.share(relid, 7);
     next(&switch);
@@ -407,11 +389,7 @@ fn flood_of_malformed_messages_and_changed_controllers_leaves_the_thread_to_othe
 
 #[test]
 fn event_flags_moved_without_end_are_followed_no_faster_than_every_ten_milliseconds() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     let _wires = opened(&bench, &switch, device);
     let start = std::time::Instant::now();
     let mut page = 0;
@@ -433,11 +411,7 @@ fn event_flags_moved_without_end_are_followed_no_faster_than_every_ten_milliseco
 /// Answers to what nobody asked, about what is not there: from a switch that went wrong.
 #[test]
 fn switch_that_answers_nonsense_changes_nothing() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let switch = bench.connect();
-    let (device, _) = greeting(&switch);
-    next(&switch);
+    let (bench, switch, device) = greeted();
     for device in [device, 0, u32::MAX] {
         for index in [0, 1, u16::MAX] {
             for ok in [true, false] {
@@ -488,11 +462,7 @@ fn switch_that_talks_without_end_is_held_back() {
 /// The guest cannot be told that an open channel is closed, but its adapter can be taken and given anew.
 #[test]
 fn adapter_whose_channel_the_next_switch_refuses_is_plugged_in_anew() {
-    let bench = Bench::new();
-    bench.vmbus.add_nic(bench.nic("eth0", INSTANCE)).unwrap();
-    let first = bench.connect();
-    let (device, _) = greeting(&first);
-    next(&first);
+    let (bench, first, device) = greeted();
     let (relid, _doorbell) = opened(&bench, &first, device);
     drop(first);
     let second = bench.connect();

@@ -309,19 +309,24 @@ impl Device {
 
     pub(super) fn set_link(&self, up: bool) {
         let mut control = self.control();
+        if control.nvsp.link_is_up() != up {
+            self.plug_cable(&mut control, up);
+        }
+    }
+
+    fn plug_cable(&self, control: &mut Control, up: bool) {
         let effects = control.nvsp.link(up, self.clock.now());
-        self.carry_out(&mut control, effects, None);
-        self.rebuild(&mut control);
+        self.carry_out(control, effects, None);
+        self.rebuild(control);
         control.save();
     }
 
     /// The adapter will be taken from the guest: no frame for it any more, its cable is out, and the VMM is told once
     /// nothing is under way.
     pub(super) fn quiesce(&self) {
-        self.set_link(false);
         let mut control = self.control();
         control.quiesce.get_or_insert_default();
-        self.rebuild(&mut control);
+        self.plug_cable(&mut control, false);
     }
 
     /// Tells guest and VMM what had to wait. How long until there is more, if there is.

@@ -80,7 +80,7 @@ impl Vmm {
             channels: BTreeMap::new(),
         };
         vmm.introduce(false)?;
-        vmm.connection.send(&FromVmm::Ready)?;
+        vmm.ready()?;
         Ok((vmm, switch))
     }
 
@@ -108,6 +108,16 @@ impl Vmm {
     /// # Errors
     /// The connection fails.
     pub fn reconnect(&mut self) -> Result<SwitchConnection, VscError> {
+        let switch = self.tell_again()?;
+        self.ready()?;
+        Ok(switch)
+    }
+
+    /// As [`Vmm::reconnect`], but that all is told comes with [`Vmm::ready`].
+    ///
+    /// # Errors
+    /// The connection fails.
+    pub fn tell_again(&mut self) -> Result<SwitchConnection, VscError> {
         let (connection, switch) = handover::pair()?;
         self.connection = connection;
         self.heard.clear();
@@ -118,8 +128,15 @@ impl Vmm {
         for (&index, open) in &self.channels {
             self.connection.send(&open.message(index, true)?)?;
         }
-        self.connection.send(&FromVmm::Ready)?;
         Ok(switch)
+    }
+
+    /// All has been told.
+    ///
+    /// # Errors
+    /// The switch is gone.
+    pub fn ready(&self) -> Result<(), VscError> {
+        Ok(self.connection.send(&FromVmm::Ready)?)
     }
 
     /// The guest's memory.

@@ -44,8 +44,7 @@ pub fn scene(name: &str, config: &str, test: impl Fn(&Host, Yardd, &mut Steps) -
 pub fn nested(name: &str, test: impl Fn(&Lab, &Host) -> Result<()>) -> Result<()> {
     case::shared(name, &[], |lab| {
         for attempt in 1..=ATTEMPTS {
-            let spec =
-                HostSpec { name: format!("host{attempt}"), pin: vec![0], ..HostSpec::new(&programs()?) };
+            let spec = HostSpec { name: format!("host{attempt}"), ..HostSpec::new(&programs()?).steady() };
             let host = Host::boot(lab, &spec, BOOT)?;
             println!("nested host: {:.1} s", host.boot_time().as_secs_f64());
             let Err(error) = test(lab, &host) else { return Ok(()) };

@@ -94,7 +94,7 @@ impl Plan {
     ) -> Result<Row> {
         let kept = self.kept.borrow().as_ref().and_then(|kept| kept.get(&figure.what).cloned());
         let mut rounds = kept.unwrap_or_default();
-        let mut name = "warm-up".to_owned();
+        let mut warm = false;
         while rounds.len() < self.runs as usize {
             let round = self.round(figure, peers, &mut measure)?;
             let shown: String = peers
@@ -102,14 +102,16 @@ impl Plan {
                 .zip(&round)
                 .map(|(peer, value)| format!("  {} {value:.3}", peer.name()))
                 .collect();
-            self.say(format_args!("{}, {name}:{shown} {}", figure.what, figure.unit));
-            if name != "warm-up" {
-                rounds.push(round);
-                if let Some(kept) = &mut *self.kept.borrow_mut() {
-                    kept.insert(figure.what.clone(), rounds.clone());
-                }
+            if !std::mem::replace(&mut warm, true) {
+                self.say(format_args!("{}, warm-up:{shown} {}", figure.what, figure.unit));
+                continue;
             }
-            name = format!("round {}/{}", rounds.len() + 1, self.runs);
+            rounds.push(round);
+            let (number, of) = (rounds.len(), self.runs);
+            self.say(format_args!("{}, round {number}/{of}:{shown} {}", figure.what, figure.unit));
+            if let Some(kept) = &mut *self.kept.borrow_mut() {
+                kept.insert(figure.what.clone(), rounds.clone());
+            }
         }
         let samples = |at: usize| rounds.iter().filter_map(|round| round.get(at).copied()).collect();
         let series = |(at, peer): (usize, &P)| Series { samples: samples(at), ..Series::new(peer.name()) };

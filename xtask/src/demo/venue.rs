@@ -73,9 +73,7 @@ impl Venue {
         }
         scene.say("the processor has no virtualization (vmx, svm), or /dev/kvm cannot be used:");
         scene.say("booting a Linux host with KVM under QEMU's software CPU; the guests run in that, slowly");
-        // On one processor, where the software CPU keeps its guests.
-        let spec = HostSpec::new(&scene.programs);
-        let host = HostSpec { memory_mb: HOST_MEMORY_MB, pin: vec![0], ..spec };
+        let host = HostSpec { memory_mb: HOST_MEMORY_MB, ..HostSpec::new(&scene.programs).steady() };
         let host = Host::boot(&lab, &host, BOOT)?;
         scene.say(format_args!("the nested host is up after {:.1} s", host.boot_time().as_secs_f64()));
         let config = config(guest_kernel(FLAVOUR), guest_initrd(FLAVOUR));

@@ -159,3 +159,38 @@ fn successor_knows_what_was_agreed() {
     }
     assert!(parts.len() == 1 && parts.first() > Some(&1), "{parts:?}");
 }
+
+#[test]
+fn link_changed_before_all_is_told_leaves_the_guest_the_sections_it_has() {
+    let (mut rig, mut one, mut two) = two(Config::default(), Config::default());
+    two.withhold(true).unwrap();
+    for _ in 0..10 {
+        one.send(&frame(2, 1, 100), &Transmit::default()).unwrap();
+    }
+    one.flush();
+    for _ in 0..10 {
+        next(&mut two, 1);
+    }
+    rig.cut("nic2");
+    let switch = two.vmm().tell_again().unwrap();
+    rig.serve("nic2", switch).unwrap();
+    for up in [false, true] {
+        while !rig.link("nic2").unwrap().set_link("nic2", up) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    two.vmm().ready().unwrap();
+    // The successor knows of what is completed now.
+    two.withhold(false).unwrap();
+    let sent = frame(2, 1, 200);
+    // Frames to a port that is not in the switch's plan yet are dropped, as ever.
+    let end = Instant::now() + TIMEOUT;
+    while two.receive().is_none_or(|received| received.frame != sent) {
+        assert!(Instant::now() < end, "no frame");
+        one.send(&sent, &Transmit::default()).unwrap();
+        one.flush();
+        std::thread::sleep(Duration::from_millis(5));
+        one.poll().unwrap();
+        two.poll().unwrap();
+    }
+}

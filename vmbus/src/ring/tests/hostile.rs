@@ -165,13 +165,19 @@ fn wish_for_room_that_makes_no_sense_is_answered_at_most_by_a_signal() {
     }
 }
 
-#[test]
-fn memory_cut_short_under_a_ring_is_a_fault() {
+/// A file in memory that is all of a ring.
+fn file_and_ring() -> (std::os::fd::OwnedFd, Pages) {
     let (mapping, fd) = Mapping::memfd("guest", 3 << 12).unwrap();
     let region = Region::new(0, 0, 3 << 12, Arc::new(mapping), 0).unwrap();
     let memory = Arc::new(GuestMemory::new(vec![region], None).unwrap());
     let ring = Pages::new(&memory, &[0, 1, 2]).unwrap();
     assert!(clear(&ring));
+    (fd, ring)
+}
+
+#[test]
+fn memory_cut_short_under_a_ring_is_a_fault() {
+    let (fd, ring) = file_and_ring();
     let (mut out, mut incoming) = both(&ring);
     rustix::fs::ftruncate(fd.as_fd(), 0).unwrap();
     assert_eq!(incoming.next(&mut PacketBuffer::new()), Err(RingFault::MemoryLost));
@@ -235,11 +241,7 @@ fn rings_that_are_all_one_page_harm_nobody() {
 #[test]
 fn ring_whose_pages_went_to_the_balloon_is_empty_or_a_fault() {
     use rustix::fs::{FallocateFlags, fallocate};
-    let (mapping, fd) = Mapping::memfd("guest", 3 << 12).unwrap();
-    let region = Region::new(0, 0, 3 << 12, Arc::new(mapping), 0).unwrap();
-    let memory = Arc::new(GuestMemory::new(vec![region], None).unwrap());
-    let ring = Pages::new(&memory, &[0, 1, 2]).unwrap();
-    assert!(clear(&ring));
+    let (fd, ring) = file_and_ring();
     let (mut out, mut incoming) = both(&ring);
     let mut buffer = PacketBuffer::new();
     for _ in 0..3 {
