@@ -54,6 +54,16 @@ pub fn exact_timers() {
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
 }
 
+/// The calling thread does not take the processor from others when it is woken: it runs when its turn comes, or at once
+/// where nobody else wants to.
+pub fn wait_for_turn() {
+    // SAFETY: all-zero is a valid `sched_param`, the one that this policy asks for, and the call reads it only.
+    unsafe {
+        let parameters: libc::sched_param = std::mem::zeroed();
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
+    }
+}
+
 /// The running kernel's version, such as (6, 12); (0, 0) if it does not say.
 pub fn kernel_version() -> (u32, u32) {
     // SAFETY: all-zero is a valid `utsname`, which the call fills.

@@ -50,7 +50,7 @@ const MAX_CPU: i128 = 8191;
 const IDLE: std::ops::RangeInclusive<i128> = 0..=1_000_000;
 
 const FILE_KEYS: &[&str] = &["workers", "api", "switch", "vm"];
-const WORKERS_KEYS: &[&str] = &["cpus", "idle", "balance"];
+const WORKERS_KEYS: &[&str] = &["cpus", "idle", "preempt", "balance"];
 const API_KEYS: &[&str] = &["socket"];
 
 /// A whole configuration.
@@ -183,11 +183,14 @@ fn named_vm(name: &str, field: &Field<'_>, around: vm::Surroundings<'_>) -> Opti
 fn workers(field: Option<&Field<'_>>, machine: &Machine) -> Option<WorkersSpec> {
     // Processor 0 serves most interrupts: the last one is the quietest.
     let last = machine.cpus.last().copied().into_iter().collect();
-    let mut spec = WorkersSpec { cpus: last, idle: DEFAULT_IDLE, balance: true };
+    let mut spec = WorkersSpec { cpus: last, idle: DEFAULT_IDLE, preempt: false, balance: true };
     let Some(section) = field.map(|field| field.section(WORKERS_KEYS)) else { return Some(spec) };
     let section = section?;
     if let Some(idle) = section.get("idle") {
         spec.idle = idle.integer(IDLE).map_or(spec.idle, Duration::from_micros);
+    }
+    if let Some(preempt) = section.get("preempt") {
+        spec.preempt = preempt.boolean().unwrap_or(spec.preempt);
     }
     if let Some(balance) = section.get("balance") {
         spec.balance = balance.boolean().unwrap_or(spec.balance);

@@ -50,6 +50,14 @@ pub const GROUPS: &[Group] = &[
                 "How long a worker polls in vain before it sleeps until a doorbell rings.",
             ),
             key(
+                "workers.preempt",
+                "true, false",
+                "false",
+                "Whether a worker that is woken takes its processor at once from a guest that runs there. If not, it waits for \
+                 its turn, some milliseconds where the guest never pauses: frames move in larger bursts, up to five times as \
+                 many. Without effect on a processor of its own.",
+            ),
+            key(
                 "workers.balance",
                 "true, false",
                 "true",

@@ -32,7 +32,7 @@ fn wrong_text_names_line_key_found_and_expected() {
         ("[switch.a]\ntype = \"private\"\n[switch.a]\n", "3: duplicate key"),
         ("[worker]\n", "1: worker: unknown key (did you mean `workers`?)"),
         ("[colour]\n", "1: colour: unknown key, expected workers, api, switch, vm"),
-        ("workers = 3\n", "1: workers: found 3, expected a table with the keys cpus, idle, balance"),
+        ("workers = 3\n", "1: workers: found 3, expected a table with the keys cpus, idle, preempt, balance"),
         ("[workers]\ncpu = [1]\n", "2: workers.cpu: unknown key (did you mean `cpus`?)"),
         (
             "[workers]\n\ncpus = [7]\n",
@@ -350,7 +350,10 @@ fn unreadable_file_says_why() {
 #[test]
 fn empty_file_has_defaults() {
     let config = read("").unwrap();
-    assert_eq!(config.workers, WorkersSpec { cpus: vec![3], idle: DEFAULT_IDLE, balance: true });
+    assert_eq!(
+        config.workers,
+        WorkersSpec { cpus: vec![3], idle: DEFAULT_IDLE, preempt: false, balance: true }
+    );
     assert_eq!(config.socket, Path::new(DEFAULT_SOCKET));
     assert!(config.switches.is_empty());
 }
@@ -378,7 +381,7 @@ fn switch_kinds_make_their_outer_ports() {
 #[test]
 fn port_keys_reach_the_specification() {
     let config = read(&format!(
-        "[workers]\ncpus = \"1-2\"\nidle = 20\nbalance = false\n{}",
+        "[workers]\ncpus = \"1-2\"\nidle = 20\npreempt = true\nbalance = false\n{}",
         with_port(
             "mtu = 9000\nmac = \"02:00:00:00:00:0a\"\nsecurity = {{ mac-spoofing = true, address-limit = 5 }}\n\
              vlan = { trunk = \"10-12,20\", native = 1 }\naddresses = [{ mac = \"02:00:00:00:00:01\", vlan = 20 }]\n\
@@ -391,7 +394,7 @@ fn port_keys_reach_the_specification() {
     .unwrap();
     assert_eq!(
         config.workers,
-        WorkersSpec { cpus: vec![1, 2], idle: Duration::from_micros(20), balance: false }
+        WorkersSpec { cpus: vec![1, 2], idle: Duration::from_micros(20), preempt: true, balance: false }
     );
     let port = &config.switches[0].ports[0];
     assert_eq!((port.mtu, port.spoofing, port.address_limit), (9000, true, Some(5)));

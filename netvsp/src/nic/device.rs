@@ -463,13 +463,14 @@ impl Device {
             let pages = control.gpadls.get(&send.gpadl)?.clone();
             Some(SendPath { pages, size: send.section_size, count: send.sections })
         });
+        // Checksums that senders left are done on the way into the guest's memory, whatever it was offered.
         let large = Accepts::CHECKSUM | Accepts::TCP4 | Accepts::TCP6 | Accepts::ECN;
         let up = receive.is_some();
         let path = Path {
             receive,
             send,
             max_packets: data.max_packets_per_message as usize,
-            accepts: if data.rsc { large } else { Accepts::empty() },
+            accepts: if data.rsc { large } else { Accepts::CHECKSUM },
         };
         control.path = Arc::new(path);
         for opened in control.channels.values() {

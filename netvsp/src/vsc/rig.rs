@@ -47,7 +47,7 @@ impl Rig {
     /// # Errors
     /// No threads.
     pub fn new(cpus: Vec<usize>) -> Result<Self, RigError> {
-        let workers = WorkersSpec { cpus, idle: WorkersSpec::IDLE, balance: false };
+        let workers = WorkersSpec { cpus, idle: WorkersSpec::IDLE, preempt: false, balance: false };
         let fabric = Fabric::start(workers)?;
         fabric.add_switch(SwitchSpec {
             name: "lan".into(),

@@ -125,6 +125,12 @@ enum Width {
     W512 = 3,
 }
 
+/// Whether the processor has 256-bit integer registers.
+#[inline]
+pub(super) fn has_avx2() -> bool {
+    width() != Width::Plain
+}
+
 #[inline]
 fn width() -> Width {
     static DETECTED: AtomicU8 = AtomicU8::new(0);

@@ -17,6 +17,7 @@ mod pages;
 mod segment;
 mod share;
 mod sigbus;
+mod sum;
 mod word;
 
 use std::sync::Arc;

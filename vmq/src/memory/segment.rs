@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use super::{DirtyLog, copy};
+use super::{DirtyLog, copy, sum};
 
 /// Bytes to be read, somewhere in a guest's memory or in a buffer of our own. May change while it is read.
 #[derive(Debug, Clone, Copy)]
@@ -72,6 +72,13 @@ impl<'m> Segment<'m> {
     pub fn prefetch(&self, count: usize) {
         copy::prefetch_read(self.ptr);
         copy::prefetch_read(self.ptr.wrapping_add(count));
+    }
+
+    /// The one's-complement sum of the bytes as big-endian words, an odd last byte padded with 0 (RFC 1071).
+    #[inline]
+    pub fn sum(&self) -> u16 {
+        // SAFETY: `len` bytes are mapped.
+        unsafe { sum::words(self.ptr, self.len as usize) }
     }
 
     /// Copies the segment's first `N` bytes out. `None` if it is shorter.

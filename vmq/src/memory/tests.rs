@@ -147,3 +147,26 @@ fn write_marks_exactly_the_pages_it_touches() {
     assert_eq!(bits(), 0b11110);
     assert!(DirtyLog::new(bitmap, u64::MAX, 2).is_none());
 }
+
+#[test]
+fn sums_of_every_length_and_alignment_are_those_of_the_definition() {
+    let naive = |bytes: &[u8]| {
+        let mut sum: u64 = bytes
+            .chunks(2)
+            .map(|pair| u64::from(pair[0]) << 8 | pair.get(1).map_or(0, |&low| low.into()))
+            .sum();
+        while sum > 0xffff {
+            sum = (sum >> 16) + (sum & 0xffff);
+        }
+        u16::try_from(sum).unwrap()
+    };
+    let noise: Vec<u8> = (0..9100_u32).map(|at| u8::try_from((at * 197 + at / 31) % 256).unwrap()).collect();
+    for bytes in [&noise[..], &[0xff; 9100], &[0; 9100]] {
+        for len in (0..300).chain([511, 1448, 1500, 9000, 9001]) {
+            for from in [0, 1, 2, 7, 33] {
+                let bytes = &bytes[from..from + len];
+                assert_eq!(Segment::from(bytes).sum(), naive(bytes), "{len} bytes from {from}");
+            }
+        }
+    }
+}

@@ -65,8 +65,10 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
     panic!("{what} did not happen");
 }
 
+const SHARING: Sharing = Sharing { idle: Duration::from_micros(50), preempt: false };
+
 fn worker() -> Worker<()> {
-    Worker::start(0, Clock::default(), Duration::from_micros(50)).unwrap()
+    Worker::start(0, Clock::default(), SHARING).unwrap()
 }
 
 #[test]
@@ -120,7 +122,7 @@ fn removed_or_finished_task_is_let_go_and_the_worker_parks() {
 
 #[test]
 fn processor_that_does_not_exist_is_an_error() {
-    assert!(Worker::<()>::start(4000, Clock::default(), Duration::ZERO).is_err());
+    assert!(Worker::<()>::start(4000, Clock::default(), SHARING).is_err());
 }
 
 #[test]
@@ -138,4 +140,38 @@ fn window_grows_while_frames_come_soon_and_shrinks_to_nothing_while_they_do_not(
     let mut window = Window(0);
     window.adapt(0, 0);
     assert_eq!(window, Window(0));
+}
+
+/// Tells the scheduling policy of the thread that polls it.
+#[derive(Debug, Default)]
+struct Policy(Mutex<Option<String>>);
+
+impl Task<()> for Policy {
+    fn poll(&self, (): &mut (), _: Nanos) -> Polled {
+        // proc_pid_stat(5): the name in parentheses is the second field, the policy the 41st.
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let policy = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(41 - 3));
+        *self.0.lock().unwrap() = policy.map(str::to_owned);
+        Polled::Gone
+    }
+
+    fn arm(&self) -> Wait {
+        Wait::Nudge
+    }
+
+    fn disarm(&self) {}
+    fn spent(&self, _: Nanos) {}
+}
+
+#[test]
+fn woken_worker_waits_for_its_turn_unless_it_is_to_preempt() {
+    const OTHER: &str = "0";
+    const BATCH: &str = "3";
+    for (preempt, policy) in [(false, BATCH), (true, OTHER)] {
+        let worker = Worker::start(0, Clock::default(), Sharing { preempt, ..SHARING }).unwrap();
+        let task = Arc::new(Policy::default());
+        worker.add(TaskId(1), task.clone());
+        eventually("poll", || task.0.lock().unwrap().is_some());
+        assert_eq!(task.0.lock().unwrap().as_deref(), Some(policy));
+    }
 }

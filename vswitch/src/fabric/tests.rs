@@ -101,7 +101,7 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        let workers = WorkersSpec { cpus: vec![0], idle: WorkersSpec::IDLE, balance: false };
+        let workers = WorkersSpec { cpus: vec![0], idle: WorkersSpec::IDLE, preempt: false, balance: false };
         let lab = Self { fabric: Fabric::start(workers).unwrap(), dir: tempfile::tempdir().unwrap() };
         lab.add_switch();
         lab

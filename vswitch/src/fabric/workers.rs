@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vmq::placement::{Placement, QueueId, QueueState, WorkerId};
-use vmq::worker::{Activity, Clock, Nanos, TaskId, Worker};
+use vmq::worker::{Activity, Clock, Nanos, Sharing, TaskId, Worker};
 
 use crate::error::FabricError;
 use crate::queue::{Scratch, SourceQueue};
@@ -18,6 +18,8 @@ pub struct WorkersSpec {
     pub cpus: Vec<usize>,
     /// How long a queue is polled in vain before it goes to sleep on its doorbell.
     pub idle: Duration,
+    /// Whether a worker that is woken takes its processor at once from a guest that runs there.
+    pub preempt: bool,
     /// Let the placement move queues and park workers.
     pub balance: bool,
 }
@@ -70,8 +72,9 @@ pub(super) struct Place {
 impl Workers {
     pub(super) fn start(spec: &WorkersSpec, clock: Clock) -> Result<Self, FabricError> {
         let mut workers = Vec::new();
+        let sharing = Sharing { idle: spec.idle, preempt: spec.preempt };
         for &cpu in &spec.cpus {
-            let worker = Worker::start(cpu, clock, spec.idle).map_err(|error| {
+            let worker = Worker::start(cpu, clock, sharing).map_err(|error| {
                 FabricError::failed(format!("starting a worker on processor {cpu}"), error)
             })?;
             workers.push(worker);

@@ -166,18 +166,11 @@ impl<'b> Iterator for Pieces<'b> {
 
 impl Pieces<'_> {
     /// The partial sum of the bytes.
-    ///
-    /// They are brought into a buffer of our own block by block, as the sender's memory cannot be borrowed.
     pub(super) fn sum(self) -> u32 {
-        let mut block = [0; 2048];
         let (mut total, mut odd) = (0, false);
-        for mut piece in self {
-            while !piece.is_empty() {
-                let count = piece.read_into(&mut block);
-                total = checksum::combine(total, checksum::sum(&block[..count], 0), odd);
-                odd ^= count % 2 == 1;
-                piece = piece.skip(u32::try_from(count).unwrap_or(u32::MAX));
-            }
+        for piece in self {
+            total = checksum::combine(total, piece.sum().into(), odd);
+            odd ^= piece.len() % 2 == 1;
         }
         total
     }

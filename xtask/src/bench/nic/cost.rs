@@ -1,7 +1,7 @@
 //! Where a guest's time goes: exits from guest mode and interrupts into it, by KVM's own count, for each packet.
 //!
 //! KVM counts for every VM in `/sys/kernel/debug/kvm/PID-FD/`; `exits` are all, the others some of them. Packets are those of
-//! the nested host's end of the wire, a TAP device, where one may hold many segments.
+//! one end of the wire, a TAP device of the nested host or another guest's card, where one may hold many segments.
 
 use std::fmt::Write;
 
@@ -26,13 +26,15 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Now.
-    pub fn now(host: &Host, process: u32, tap: &str) -> Result<Self> {
+    /// Now, for the VM of `process`; packets of `device` at `end` of the wire.
+    pub fn now(host: &Host, process: u32, end: &dyn Station, device: &str) -> Result<Self> {
+        let line =
+            format!("cd /sys/class/net/{device}/statistics; echo $(($(cat rx_packets) + $(cat tx_packets)))");
+        let packets = end.check(&line, SHORT)?.trim().parse().context("no count of packets")?;
         let names = COUNTS.join(" ");
         let line = format!(
             "cd /sys/kernel/debug/kvm 2> /dev/null || {{ mount -t debugfs none /sys/kernel/debug; cd /sys/kernel/debug/kvm; }}; \
              for name in {names}; do cat {process}-*/$name | awk '{{ sum += $1 }} END {{ print sum + 0 }}'; done; \
-             cd /sys/class/net/{tap}/statistics; echo $(($(cat rx_packets) + $(cat tx_packets))); \
              kernel=$(grep -lsx vhost-{process} /proc/[0-9]*/comm | head -n 1); kernel=${{kernel%/comm}}; \
              for of in /proc/{process} /proc/$(pidof yardd) ${{kernel:-/proc/1}}; do \
              cut -d ' ' -f 14,15 $of/stat; done"
@@ -40,7 +42,7 @@ impl Cost {
         let text = host.check(&line, SHORT)?;
         let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         let (counts, rest) = numbers.split_first_chunk().with_context(|| format!("no counts: {text}"))?;
-        let [packets, a, b, c, d, e, f] = *rest else { anyhow::bail!("no counts: {text}") };
+        let [a, b, c, d, e, f] = *rest else { anyhow::bail!("no counts: {text}") };
         Ok(Self { counts: *counts, packets, ticks: [[a, b], [c, d], [e, f]] })
     }
 

@@ -103,13 +103,16 @@ impl Contender {
 
     fn cost(&self) -> Result<Cost> {
         match &self.guest {
-            Guest::Ours(machine) => Cost::now(machine.guest.host(), machine.worker, &machine.tap),
+            Guest::Ours(machine) => {
+                let host = machine.guest.host();
+                Cost::now(host, machine.worker, host, &machine.tap)
+            }
             Guest::Qemu(qemu, name) => {
                 let host = qemu.guest().host();
                 let found = host
                     .check(&format!("grep -l '/run/{name}[.]console,' /proc/[0-9]*/cmdline; true"), SHORT)?;
                 let process = found.split('/').nth(2).and_then(|process| process.parse().ok());
-                Cost::now(host, process.context("no QEMU")?, &format!("tap-{name}"))
+                Cost::now(host, process.context("no QEMU")?, host, &format!("tap-{name}"))
             }
         }
     }

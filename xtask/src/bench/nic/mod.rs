@@ -79,10 +79,13 @@ pub struct Options {
     /// Processors of the nested host on which our switch works (nic).
     #[arg(long, value_delimiter = ',', default_value = "1")]
     switch_cpus: Vec<usize>,
+    /// Processors of this machine that those of the nested host run on; all if none is named (nic).
+    #[arg(long, value_delimiter = ',')]
+    pin: Vec<usize>,
     /// More words for the nested host's kernel, such as loglevel=7 (nic).
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     host_arguments: String,
-    /// Say what each measurement between guest and nested host cost: exits, interrupts, processor time (nic).
+    /// Say what each measurement of TCP cost: exits, interrupts, processor time (nic).
     #[arg(long)]
     costs: bool,
 }
@@ -102,6 +105,7 @@ impl<'a> Stage<'a> {
         let spec = HostSpec {
             memory_mb: HOST_MEMORY_MB,
             cpus: options.host_cpus,
+            pin: options.pin.clone(),
             kernel_arguments: options.host_arguments.clone(),
             ..HostSpec::new(&plan.programs)
         };

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use switchyard_tests::station::Station;
 
+use super::cost::{Cost, Histograms};
 use super::ours::{Machine, PAIR};
 use super::{SHORT, Stage, TCP, Way, send};
 use crate::bench::goal::Goal;
@@ -74,7 +75,29 @@ impl Peer for Couple<'_> {
 }
 
 impl Couple<'_> {
-    fn measure(&self, seconds: u32) -> Result<f64> {
+    fn measure(&self, stage: &Stage<'_>) -> Result<f64> {
+        let seconds = stage.plan.seconds();
+        if !stage.costs {
+            return self.send(seconds);
+        }
+        let before = self.costs()?;
+        let histograms = Histograms::begin(&stage.host)?;
+        let value = self.send(seconds)?;
+        let after = self.costs()?;
+        stage.plan.say(format_args!("{} {value:.0} Mbit/s", self.name()));
+        for ((who, before), after) in ["sender", "receiver"].iter().zip(&before).zip(&after) {
+            stage.plan.say(format_args!("{who}: {}", after.since(before)));
+        }
+        stage.plan.say(histograms.end(after[0].packets_since(&before[0]))?);
+        Ok(value)
+    }
+
+    fn costs(&self) -> Result<[Cost; 2]> {
+        let of = |machine: &Machine| Cost::now(machine.guest.host(), machine.worker, &self.red.guest, "eth0");
+        Ok([of(self.red)?, of(self.blue)?])
+    }
+
+    fn send(&self, seconds: u32) -> Result<f64> {
         if self.setting == Setting::ToHost {
             return self.red.measure(Way::Transmit, TCP, seconds);
         }
@@ -90,10 +113,9 @@ pub fn run(stage: &Stage<'_>) -> Result<Table> {
     blue.freeze()?;
     stage.plan.say("two guests are up");
     let mut couples = SETTINGS.map(|setting| Couple { setting, red: &red, blue: &blue });
-    let seconds = stage.plan.seconds();
     let row = stage
         .plan
-        .interleave(&Figure::new("TCP", "Mbit/s"), &mut couples, |couple| couple.measure(seconds))
+        .interleave(&Figure::new("TCP", "Mbit/s"), &mut couples, |couple| couple.measure(stage))
         .with_context(|| PAIR.map(|vm| stage.ours.state(vm)).join("\n"))?;
     let mut table = Table::new("two guests with one processor each on one switch, guest → guest, iperf3");
     table.goal(&Goal::at_least("LSO and RSC on, to both off", row.ratio(PLAIN), 2.0));
