@@ -2,7 +2,6 @@
 //!
 //! The software CPU (TCG) runs anywhere; the channel is that of [`orders`](crate::orders).
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -133,9 +132,7 @@ impl Guest {
         qemu.close_stdin();
         let started = Instant::now();
         // QEMU throws away what the guest says while nobody listens.
-        qemu.wait_for_socket(&commands, Duration::from_secs(20))?;
-        let stream = UnixStream::connect(&commands)
-            .with_context(|| format!("cannot connect to {}", commands.display()))?;
+        let stream = qemu.connect(&commands, Duration::from_secs(20))?;
         let name = spec.name.clone();
         Ok(Self { name, qemu, console, started, orders: Orders::new(stream), ready: false })
     }

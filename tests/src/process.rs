@@ -6,6 +6,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -164,6 +165,21 @@ impl Process {
             self.expect_running().map(|()| false)
         })
         .with_context(|| self.log_tail(20))
+    }
+
+    /// Connects to `socket`, which has a name before it listens; an error if it ends before.
+    pub fn connect(&mut self, socket: &Path, limit: Duration) -> Result<UnixStream> {
+        let mut stream = None;
+        let what = format!("{}: a connection to {}", self.name, socket.display());
+        wait_for(&what, limit, || {
+            stream = UnixStream::connect(socket).ok();
+            if stream.is_some() {
+                return Ok(true);
+            }
+            self.expect_running().map(|()| false)
+        })
+        .with_context(|| self.log_tail(20))?;
+        stream.context("no connection")
     }
 
     /// Freezes it (SIGSTOP).

@@ -40,8 +40,6 @@ pub use switch::{HOST_PORT, SwitchConfig, UPLINK_PORT};
 pub const DEFAULT_SOCKET: &str = "/run/switchyard/yardd.sock";
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_FILE: &str = "/etc/switchyard/switchyard.toml";
-/// Default of `workers.idle`.
-pub const DEFAULT_IDLE: Duration = Duration::from_micros(50);
 /// A longer file is no configuration, in bytes.
 pub const MAX_FILE: u64 = 16 << 20;
 /// Highest processor number that Linux can have.
@@ -183,7 +181,7 @@ fn named_vm(name: &str, field: &Field<'_>, around: vm::Surroundings<'_>) -> Opti
 fn workers(field: Option<&Field<'_>>, machine: &Machine) -> Option<WorkersSpec> {
     // Processor 0 serves most interrupts: the last one is the quietest.
     let last = machine.cpus.last().copied().into_iter().collect();
-    let mut spec = WorkersSpec { cpus: last, idle: DEFAULT_IDLE, preempt: false, balance: true };
+    let mut spec = WorkersSpec { cpus: last, idle: WorkersSpec::IDLE, preempt: false, balance: true };
     let Some(section) = field.map(|field| field.section(WORKERS_KEYS)) else { return Some(spec) };
     let section = section?;
     if let Some(idle) = section.get("idle") {

@@ -352,7 +352,7 @@ fn empty_file_has_defaults() {
     let config = read("").unwrap();
     assert_eq!(
         config.workers,
-        WorkersSpec { cpus: vec![3], idle: DEFAULT_IDLE, preempt: false, balance: true }
+        WorkersSpec { cpus: vec![3], idle: WorkersSpec::IDLE, preempt: false, balance: true }
     );
     assert_eq!(config.socket, Path::new(DEFAULT_SOCKET));
     assert!(config.switches.is_empty());

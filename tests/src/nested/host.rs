@@ -1,7 +1,6 @@
 //! A Linux host with KVM of its own, on any machine: QEMU's software CPU with AMD-V and nested paging.
 
 use std::fmt::Write;
-use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -89,19 +88,6 @@ impl HostSpec {
     }
 }
 
-/// QEMU's socket is there a moment before QEMU listens at it.
-fn connect(path: &Path) -> Result<UnixStream> {
-    let start = Instant::now();
-    loop {
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused && start.elapsed() < START => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            connected => return Ok(connected?),
-        }
-    }
-}
-
 /// A running nested host; the last handle to be dropped kills it. Any thread may use it.
 #[derive(Debug, Clone)]
 pub struct Host(Arc<Inner>);
@@ -134,8 +120,7 @@ impl Host {
         let log = lab.path(&format!("{}.qemu", spec.name));
         let mut qemu = Process::spawn(&format!("nested host {}", spec.name), qemu, log)?;
         qemu.close_stdin();
-        qemu.wait_for_socket(&orders, START)?;
-        let (link, mut ready) = Link::new(connect(&orders)?)?;
+        let (link, mut ready) = Link::new(qemu.connect(&orders, START)?)?;
         ready.wait_started(limit).with_context(|| {
             format!("nested host {}\n{}\n{}", spec.name, qemu.log_tail(10), tail(&console, 20))
         })?;

@@ -131,8 +131,13 @@ impl Lab {
 
     fn connect(&self, name: &str) -> Frontend {
         let path = self.guest_port(name).unwrap();
-        wait_for("the socket", || path.exists());
-        UnixStream::connect(path).unwrap().into()
+        let mut stream = None;
+        // A socket has a name before it listens.
+        wait_for("the socket to listen", || {
+            stream = UnixStream::connect(&path).ok();
+            stream.is_some()
+        });
+        stream.unwrap().into()
     }
 
     fn port(&self, name: &str) -> PortReport {

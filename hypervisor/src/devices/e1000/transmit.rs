@@ -4,7 +4,7 @@
 //! not done here: the header says what the context said, and the switch passes the frame whole to who takes it.
 
 use super::ring::{E1000Fault, Ring, read_buffer};
-use vmq::memory::GuestMemory;
+use vmq::memory::{GuestMemory, Segment};
 
 /// Bytes of the virtio-net header before each frame (`struct virtio_net_hdr_v1`).
 pub const VNET: usize = 12;
@@ -202,16 +202,6 @@ impl Transmitter {
     }
 }
 
-/// Sum of 16-bit words in network order, carries folded in; not inverted.
-fn sum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
-    let total: u32 = words.sum();
-    let folded = (total & 0xffff) + (total >> 16);
-    let folded = (folded & 0xffff) + (folded >> 16);
-    // Folded twice, it fits.
-    u16::try_from(folded & 0xffff).unwrap_or(u16::MAX)
-}
-
 /// Fills in or hands on the checksums that the frame's descriptors ask for. `None` if they lie outside the frame.
 fn checksums(frame: &mut Frame, context: &Context) -> Option<()> {
     if frame.options & POPTS_IXSM != 0 {
@@ -245,7 +235,7 @@ fn ip_checksum(frame: &mut [u8], context: &Context) -> Option<()> {
     }
     frame.get(start..end)?;
     frame[place..place + 2].fill(0);
-    let value = !sum(&frame[start..end]);
+    let value = !Segment::from(&frame[start..end]).sum();
     frame[place..place + 2].copy_from_slice(&value.to_be_bytes());
     Some(())
 }
@@ -280,7 +270,7 @@ fn segment(frame: &mut Frame, context: &Context) -> Option<()> {
     let mut pseudo = [0; 4];
     pseudo[..2].copy_from_slice(&bytes[place..place + 2]);
     pseudo[2..].copy_from_slice(&below.to_be_bytes());
-    bytes[place..place + 2].copy_from_slice(&sum(&pseudo).to_be_bytes());
+    bytes[place..place + 2].copy_from_slice(&Segment::from(&pseudo[..]).sum().to_be_bytes());
     if bytes.len() - header > usize::from(context.mss) {
         bytes[1] = kind;
         bytes[2..4].copy_from_slice(&u16::from(context.header).to_le_bytes());

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use switchyard_tests::nested::Host;
 use switchyard_tests::station::Station;
 
-use super::SHORT;
+use super::{SHORT, Stage};
 
 /// What is shown.
 const COUNTS: [&str; 7] =
@@ -26,11 +26,8 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Now, for the VM of `process`; packets of `device` at `end` of the wire.
-    pub fn now(host: &Host, process: u32, end: &dyn Station, device: &str) -> Result<Self> {
-        let line =
-            format!("cd /sys/class/net/{device}/statistics; echo $(($(cat rx_packets) + $(cat tx_packets)))");
-        let packets = end.check(&line, SHORT)?.trim().parse().context("no count of packets")?;
+    /// Now, for the VM of `process`, after so many packets.
+    pub fn now(host: &Host, process: u32, packets: f64) -> Result<Self> {
         let names = COUNTS.join(" ");
         let line = format!(
             "cd /sys/kernel/debug/kvm 2> /dev/null || {{ mount -t debugfs none /sys/kernel/debug; cd /sys/kernel/debug/kvm; }}; \
@@ -46,14 +43,9 @@ impl Cost {
         Ok(Self { counts: *counts, packets, ticks: [[a, b], [c, d], [e, f]] })
     }
 
-    /// Packets since `before`.
-    pub fn packets_since(&self, before: &Self) -> f64 {
-        self.packets - before.packets
-    }
-
     /// What has come since `before`, in words.
-    pub fn since(&self, before: &Self) -> String {
-        let packets = self.packets_since(before);
+    fn since(&self, before: &Self) -> String {
+        let packets = self.packets - before.packets;
         let mut text = format!("{packets} packets; user's and system's time in ms:");
         for (at, who) in ["VMM", "yardd", "vhost"].iter().enumerate() {
             let [user, system] = [0, 1].map(|part| (self.ticks[at][part] - before.ticks[at][part]) * 10.0);
@@ -67,10 +59,42 @@ impl Cost {
     }
 }
 
+/// Packets that `device` at `end` of the wire has moved, in both directions.
+pub fn packets(end: &dyn Station, device: &str) -> Result<f64> {
+    let line =
+        format!("cd /sys/class/net/{device}/statistics; echo $(($(cat rx_packets) + $(cat tx_packets)))");
+    end.check(&line, SHORT)?.trim().parse().context("no count of packets")
+}
+
+/// What `send` moved, and what it cost each of the VMs that `costs` looks at: said, if costs are wanted.
+pub fn watched<const N: usize>(
+    stage: &Stage<'_>,
+    what: &str,
+    costs: impl Fn() -> Result<[Cost; N]>,
+    send: impl FnOnce(u32) -> Result<f64>,
+) -> Result<f64> {
+    let seconds = stage.plan.seconds();
+    if !stage.costs {
+        return send(seconds);
+    }
+    let before = costs()?;
+    let histograms = Histograms::begin(&stage.host)?;
+    let value = send(seconds)?;
+    let after = costs()?;
+    let mut text = format!("{what}: {value:.0}");
+    for (before, after) in before.iter().zip(&after) {
+        let _ = write!(text, "\n    {}", after.since(before));
+    }
+    let packets =
+        after.first().zip(before.first()).map_or(f64::NAN, |(after, before)| after.packets - before.packets);
+    stage.plan.say(text + &histograms.end(packets)?);
+    Ok(value)
+}
+
 /// Histograms of exits by reason, of registers (MSRs) that were read and written, and of system calls, from the kernel's trace
 /// events.
 #[derive(Debug)]
-pub struct Histograms<'a>(&'a Host);
+struct Histograms<'a>(&'a Host);
 
 const TRACING: &str = "/sys/kernel/tracing";
 /// Event and key.
@@ -82,7 +106,7 @@ const EVENTS: [(&str, &str); 3] = [
 
 impl<'a> Histograms<'a> {
     /// Begins to count.
-    pub fn begin(host: &'a Host) -> Result<Self> {
+    fn begin(host: &'a Host) -> Result<Self> {
         let mut line =
             format!("[ -e {TRACING}/events ] || mount -t tracefs nodev {TRACING}; cd {TRACING}/events; true");
         for (event, key) in EVENTS {
@@ -93,7 +117,7 @@ impl<'a> Histograms<'a> {
     }
 
     /// The most frequent, for each packet.
-    pub fn end(self, packets: f64) -> Result<String> {
+    fn end(self, packets: f64) -> Result<String> {
         let mut text = String::new();
         for (event, key) in EVENTS {
             let line = format!(

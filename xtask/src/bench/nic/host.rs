@@ -8,7 +8,7 @@ use switchyard_tests::nested::peer::Card;
 use switchyard_tests::nested::{Peer as Qemu, PeerSpec};
 use switchyard_tests::station::Station;
 
-use super::cost::{Cost, Histograms};
+use super::cost::{Cost, packets, watched};
 use super::ours::{EMULATED, Machine, SYNTHETIC, Vm};
 use super::{BOOT, GUEST_MEMORY_MB, Line, SHORT, Stage, TCP, Way, send};
 use crate::bench::goal::Goal;
@@ -83,38 +83,22 @@ struct Contender {
 
 impl Contender {
     fn measure(&self, stage: &Stage<'_>, line: Line) -> Result<f64> {
-        let seconds = stage.plan.seconds();
-        if !stage.costs {
-            return self.send(line.way, line.load, seconds);
-        }
-        let before = self.cost()?;
-        let histograms = Histograms::begin(&stage.host)?;
-        let value = self.send(line.way, line.load, seconds)?;
-        let after = self.cost()?;
-        let (cost, exits) = (after.since(&before), histograms.end(after.packets_since(&before))?);
-        stage.plan.say(format_args!(
-            "{}, {} {value:.0} {}: {cost}{exits}",
-            self.name(),
-            line.what,
-            line.unit
-        ));
-        Ok(value)
+        let what = format!("{}, {}, {}", self.name(), line.what, line.unit);
+        watched(stage, &what, || Ok([self.cost()?]), |seconds| self.send(line.way, line.load, seconds))
     }
 
     fn cost(&self) -> Result<Cost> {
-        match &self.guest {
-            Guest::Ours(machine) => {
-                let host = machine.guest.host();
-                Cost::now(host, machine.worker, host, &machine.tap)
-            }
+        let (host, process, tap) = match &self.guest {
+            Guest::Ours(machine) => (machine.guest.host(), machine.worker, machine.tap.clone()),
             Guest::Qemu(qemu, name) => {
                 let host = qemu.guest().host();
                 let found = host
                     .check(&format!("grep -l '/run/{name}[.]console,' /proc/[0-9]*/cmdline; true"), SHORT)?;
                 let process = found.split('/').nth(2).and_then(|process| process.parse().ok());
-                Cost::now(host, process.context("no QEMU")?, host, &format!("tap-{name}"))
+                (host, process.context("no QEMU")?, format!("tap-{name}"))
             }
-        }
+        };
+        Cost::now(host, process, packets(host, &tap)?)
     }
 
     fn send(&self, way: Way, load: Load, seconds: u32) -> Result<f64> {

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use switchyard_tests::station::Station;
 
-use super::cost::{Cost, Histograms};
+use super::cost::{Cost, packets, watched};
 use super::ours::{Machine, PAIR};
 use super::{SHORT, Stage, TCP, Way, send};
 use crate::bench::goal::Goal;
@@ -75,25 +75,14 @@ impl Peer for Couple<'_> {
 }
 
 impl Couple<'_> {
+    /// The sender's cost is said first, then the receiver's.
     fn measure(&self, stage: &Stage<'_>) -> Result<f64> {
-        let seconds = stage.plan.seconds();
-        if !stage.costs {
-            return self.send(seconds);
-        }
-        let before = self.costs()?;
-        let histograms = Histograms::begin(&stage.host)?;
-        let value = self.send(seconds)?;
-        let after = self.costs()?;
-        stage.plan.say(format_args!("{} {value:.0} Mbit/s", self.name()));
-        for ((who, before), after) in ["sender", "receiver"].iter().zip(&before).zip(&after) {
-            stage.plan.say(format_args!("{who}: {}", after.since(before)));
-        }
-        stage.plan.say(histograms.end(after[0].packets_since(&before[0]))?);
-        Ok(value)
+        watched(stage, &format!("{}, Mbit/s", self.name()), || self.costs(), |seconds| self.send(seconds))
     }
 
     fn costs(&self) -> Result<[Cost; 2]> {
-        let of = |machine: &Machine| Cost::now(machine.guest.host(), machine.worker, &self.red.guest, "eth0");
+        let packets = packets(&self.red.guest, "eth0")?;
+        let of = |machine: &Machine| Cost::now(machine.guest.host(), machine.worker, packets);
         Ok([of(self.red)?, of(self.blue)?])
     }
 
