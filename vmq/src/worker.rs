@@ -11,8 +11,8 @@
 //!
 //! A worker that shares its processor with guests waits for its turn when it is woken ([`Sharing::preempt`]). Otherwise each
 //! doorbell would end in a switch to the worker, which finds the one frame that the guest had time to write: a guest and its
-//! switch on one processor move five times as much when the guest writes until it has to wait. On a processor of its own a
-//! worker runs at once in either case.
+//! switch on one processor move five times as much when the guest writes until it has to wait. For the same reason a worker
+//! that polls in vain gives way between two polls. On a processor of its own a worker runs at once in either case.
 //!
 //! The arming order makes a lost wake-up impossible: ask for doorbells, then look once more, then sleep.
 
@@ -138,7 +138,7 @@ struct Shared<S> {
 pub struct Sharing {
     /// A task that moved nothing for so long, or less, goes to sleep.
     pub idle: Duration,
-    /// Whether a worker that is woken takes the processor from whoever has it.
+    /// Whether a worker that is woken takes the processor from whoever has it, and keeps it while it polls in vain.
     pub preempt: bool,
 }
 
@@ -183,8 +183,8 @@ impl<S: Default + 'static> Worker<S> {
                 let _ = report.send(result);
                 if !failed {
                     let idle = u64::try_from(sharing.idle.as_nanos()).unwrap_or(u64::MAX);
-                    Loop { shared, epoll, clock, idle, slots: Vec::new(), active: Vec::new(), timed: false }
-                        .run();
+                    let (slots, active, preempt) = (Vec::new(), Vec::new(), sharing.preempt);
+                    Loop { shared, epoll, clock, idle, preempt, slots, active, timed: false }.run();
                 }
             }
         };
@@ -290,6 +290,7 @@ struct Loop<S> {
     epoll: std::os::fd::OwnedFd,
     clock: Clock,
     idle: Nanos,
+    preempt: bool,
     slots: Vec<Option<Slot<S>>>,
     active: Vec<usize>,
     /// Some task waits for a moment.
@@ -317,8 +318,18 @@ impl<S: Default> Loop<S> {
                 }
             }
             if !moved {
-                std::hint::spin_loop();
+                self.pause();
             }
+        }
+    }
+
+    /// Between two polls in vain.
+    fn pause(&self) {
+        if self.preempt {
+            std::hint::spin_loop();
+        } else {
+            // To those whose work would be the next to move.
+            std::thread::yield_now();
         }
     }
 

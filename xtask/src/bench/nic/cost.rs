@@ -98,9 +98,10 @@ struct Histograms<'a>(&'a Host);
 
 const TRACING: &str = "/sys/kernel/tracing";
 /// Event and key.
-const EVENTS: [(&str, &str); 3] = [
+const EVENTS: [(&str, &str); 4] = [
     ("kvm/kvm_exit", "exit_reason"),
     ("kvm/kvm_msr", "ecx.hex,write"),
+    ("kvm/kvm_pio", "port.hex,rw"),
     ("raw_syscalls/sys_enter", "common_pid.execname,id.syscall"),
 ];
 
