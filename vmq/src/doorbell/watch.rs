@@ -34,31 +34,35 @@ struct Seat {
     helped: AtomicBool,
 }
 
-static SEATS: [CachePadded<Seat>; THREADS] = [const {
-    CachePadded::new(Seat {
-        taken: AtomicBool::new(false),
-        fd: AtomicI32::new(IDLE),
-        rings: AtomicU64::new(0),
-        helped: AtomicBool::new(false),
-    })
-}; THREADS];
+impl Seat {
+    const fn free() -> CachePadded<Self> {
+        CachePadded::new(Self {
+            taken: AtomicBool::new(false),
+            fd: AtomicI32::new(IDLE),
+            rings: AtomicU64::new(0),
+            helped: AtomicBool::new(false),
+        })
+    }
+}
+
+static SEATS: [CachePadded<Seat>; THREADS] = [const { Seat::free() }; THREADS];
 
 /// A seat, until it is dropped.
 struct Claim(&'static Seat);
 
 impl Claim {
-    fn new() -> Option<Self> {
+    fn new(seats: &'static [CachePadded<Seat>]) -> Option<Self> {
         let free = |seat: &&CachePadded<Seat>| {
             !seat.taken.load(Ordering::Relaxed) && !seat.taken.swap(true, Ordering::Acquire)
         };
-        SEATS.iter().find(free).map(|seat| Self(seat))
+        seats.iter().find(free).map(|seat| Self(seat))
     }
 
     /// For a thread that came too late to have one for good, or is about to end.
     #[cold]
-    fn wait() -> Self {
+    fn wait(seats: &'static [CachePadded<Seat>]) -> Self {
         loop {
-            match Self::new() {
+            match Self::new(seats) {
                 Some(claim) => return claim,
                 None => std::thread::sleep(Duration::from_millis(1)),
             }
@@ -86,7 +90,7 @@ impl Drop for Claim {
 }
 
 thread_local! {
-    static SEAT: Option<Claim> = Claim::new();
+    static SEAT: Option<Claim> = Claim::new(&SEATS);
 }
 
 /// Rings `fd` by calling `write`, watched. True if it had to be helped.
@@ -94,7 +98,7 @@ thread_local! {
 pub(super) fn during(fd: &OwnedFd, write: impl Fn()) -> bool {
     match SEAT.try_with(|seat| seat.as_ref().map(|claim| claim.during(fd, &write))) {
         Ok(Some(helped)) => helped,
-        Ok(None) | Err(_) => Claim::wait().during(fd, write),
+        Ok(None) | Err(_) => Claim::wait(&SEATS).during(fd, write),
     }
 }
 
@@ -137,20 +141,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn seats_of_threads_that_ended_are_taken_again_and_without_one_a_ring_waits() {
-        let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+    fn seats_of_threads_that_ended_are_taken_again() {
         for _ in 0..2 * THREADS {
             std::thread::scope(|scope| scope.spawn(|| assert!(SEAT.with(Option::is_some))).join().unwrap());
         }
-        let mut all: Vec<Claim> = std::iter::from_fn(Claim::new).collect();
+    }
+
+    #[test]
+    fn ring_without_a_free_seat_waits_for_one() {
+        static FEW: [CachePadded<Seat>; 3] = [const { Seat::free() }; 3];
+        let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        let mut all: Vec<Claim> = std::iter::from_fn(|| Claim::new(&FEW)).collect();
+        assert_eq!(all.len(), FEW.len());
         std::thread::scope(|scope| {
-            let late = scope.spawn(|| {
-                assert!(SEAT.with(Option::is_none));
-                during(&fd, || ())
-            });
+            let late = scope.spawn(|| Claim::wait(&FEW).during(&fd, || ()));
             std::thread::sleep(ROUND);
             assert!(!late.is_finished());
-            all.clear();
+            all.pop();
             assert!(!late.join().unwrap());
         });
     }
