@@ -1,6 +1,7 @@
 //! The serial port: output to a log and to every console that is connected, input from them.
 //!
-//! A console that does not read loses output; it never holds the guest up.
+//! A console that does not read loses output; it never holds the guest up. The guest's processor only writes down what
+//! consoles are to be shown: a thread of its own sends it, many bytes at once where the guest writes one at a time.
 
 #![forbid(unsafe_code)]
 
@@ -26,8 +27,12 @@ const BACKLOG: usize = 4096;
 /// The log is written when a line ends or this much is waiting.
 const LINE: usize = 512;
 
-/// Output that waits for a console to read; what comes beyond is lost to it. Each byte is sent as the guest writes it, and a
-/// socket takes few messages however short, so a reader that is late by a screen must be waited for here.
+/// From the first byte of output until consoles are shown it, with all that came meanwhile: unnoticed by who types, and time
+/// for a burst of the driver's (16 bytes, an exit each).
+const GATHER: Duration = Duration::from_millis(2);
+
+/// Output that waits for a console to read; what comes beyond is lost to it. A socket takes few messages however short, so a
+/// reader that is late by a screen must be waited for here.
 const WAITING: usize = 64 << 10;
 
 /// Consoles at once.
@@ -105,10 +110,12 @@ impl Console {
         true
     }
 
-    fn say(&mut self, bytes: &[u8]) -> bool {
+    /// Notes what is to be sent; true if nothing was waiting before.
+    fn note(&mut self, bytes: &[u8]) -> bool {
+        let first = self.waiting.is_empty();
         let room = WAITING.saturating_sub(self.waiting.len());
         self.waiting.extend(bytes.iter().take(room));
-        self.send()
+        first
     }
 }
 
@@ -121,8 +128,8 @@ struct Output {
     line: Vec<u8>,
     backlog: VecDeque<u8>,
     consoles: Vec<Console>,
-    /// Wakes whoever serves consoles when one has not taken all.
-    stuck: Arc<Doorbell>,
+    /// Wakes whoever serves consoles when there is something to send.
+    wake: Arc<Doorbell>,
 }
 
 impl Output {
@@ -146,15 +153,10 @@ impl Write for Output {
         self.backlog.extend(bytes);
         let surplus = self.backlog.len().saturating_sub(BACKLOG);
         self.backlog.drain(..surplus);
-        let mut stuck = false;
-        self.consoles.retain_mut(|console| {
-            let waited = !console.waiting.is_empty();
-            let stays = console.say(bytes);
-            stuck |= !waited && !console.waiting.is_empty();
-            stays
-        });
-        if stuck {
-            self.stuck.ring();
+        let mut first = false;
+        self.consoles.iter_mut().for_each(|console| first |= console.note(bytes));
+        if first {
+            self.wake.ring();
         }
         Ok(bytes.len())
     }
@@ -209,7 +211,7 @@ impl SerialPort {
     fn with(log: Option<File>, prompt: bool) -> std::io::Result<Self> {
         let (interrupt, drained) = (Arc::new(Doorbell::new()?), Arc::new(Doorbell::new()?));
         let (line, backlog, consoles) = Default::default();
-        let output = Output { log, prompt, line, backlog, consoles, stuck: Arc::clone(&drained) };
+        let output = Output { log, prompt, line, backlog, consoles, wake: Arc::clone(&drained) };
         let serial = Serial::with_events(Line(Arc::clone(&interrupt)), Drained(Arc::clone(&drained)), output);
         Ok(Self { port: Arc::new(Mutex::new(Port { serial: Some(serial) })), interrupt, drained })
     }
@@ -233,11 +235,12 @@ impl SerialPort {
         }
     }
 
-    /// Writes what waits for the end of its line.
+    /// Writes what waits for the end of its line, and sends what consoles take.
     pub fn flush(&self) {
         if let Some(serial) = &mut self.lock().serial {
             serial.writer_mut().flush_log();
         }
+        self.send_waiting();
     }
 
     /// Hands as much of `input` to the guest as its buffer takes.
@@ -340,6 +343,10 @@ impl SerialPort {
             }
             if !ready[1].is_empty() {
                 self.drained.clear();
+                if self.consoles().iter().any(|(_, waits)| *waits) {
+                    // It is sent in the next turn.
+                    std::thread::sleep(GATHER);
+                }
             }
             if ready[2..].iter().any(|ready| ready.contains(PollFlags::OUT)) {
                 self.send_waiting();
@@ -394,6 +401,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         port.join(ours).unwrap();
         port.write(0, b"boot\n");
+        port.flush();
         let mut bytes = [0; 11];
         theirs.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"early boot\n");
@@ -463,6 +471,7 @@ mod tests {
         port.join(gone).unwrap();
         for _ in 0..1000 {
             port.write(0, &[b'x'; 1000]);
+            port.send_waiting();
         }
         assert_eq!(port.consoles().len(), 1);
     }

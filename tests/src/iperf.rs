@@ -49,13 +49,13 @@ pub fn iperf(
     load: Load,
     seconds: u32,
 ) -> Result<Report> {
-    let mut listening = server.spawn("iperf3 -s -1 --forceflush")?;
+    let mut listening = server.spawn("iperf3 -s -1 -i 0 --forceflush")?;
     wait_for("iperf3 server", Duration::from_secs(20), || Ok(listening.output()?.contains("listening")))?;
     let what = match load {
         Load::Tcp { streams } => format!("-P {streams}"),
         Load::Udp { payload, bits_per_second } => format!("-u -l {payload} -b {bits_per_second}"),
     };
-    let line = format!("iperf3 -c {address} -J -t {seconds} {what}");
+    let line = format!("iperf3 -c {address} -J -i 0 -t {seconds} {what}");
     let output = client.run(&line, Duration::from_secs(u64::from(seconds) + 30))?;
     parse(&output.stdout, load).with_context(|| format!("{}: {line}", client.name()))
 }

@@ -124,7 +124,7 @@ fn talk(stage: &Stage, scene: &Scene) -> Result<()> {
     for (from, to) in [(0, 1), (2, 3), (2, 0)] {
         let (client, server) = (stage.stations[from].0.as_ref(), stage.stations[to].0.as_ref());
         let address = stage.stations[to].1;
-        let tcp = iperf(server, client, address, Load::Tcp { streams: 1 }, 2)?;
+        let tcp = iperf(server, client, address, Load::Tcp { streams: 1 }, 1)?;
         let load = Load::Udp { payload: 512, bits_per_second: 8_000_000 };
         let udp = iperf(server, client, address, load, 1)?;
         scene.say(format!(
