@@ -53,9 +53,9 @@ pub const GROUPS: &[Group] = &[
                 "workers.preempt",
                 "true, false",
                 "false",
-                "Whether a worker that is woken takes its processor at once from a guest that runs there. If not, it waits for \
-                 its turn, some milliseconds where the guest never pauses: frames move in larger bursts, up to five times as \
-                 many. Without effect on a processor of its own.",
+                "Whether a worker that is woken takes its processor at once from a guest that runs there, and keeps it while it \
+                 polls in vain. If not, it waits for its turn, some milliseconds where the guest never pauses: frames move in \
+                 larger bursts, up to five times as many. Without effect on a processor of its own.",
             ),
             key(
                 "workers.balance",

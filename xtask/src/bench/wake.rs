@@ -1,19 +1,24 @@
-//! What waking adds: pings far enough apart that the worker sleeps between them, against a worker that keeps polling.
+//! What waking adds: pings far enough apart that the worker sleeps between them, against a worker that keeps polling. And what
+//! it costs on this machine to wake any process on the other processor and to be woken by it: a byte to `cat` and back.
 
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use switchyard_tests::process::command_on;
 use switchyard_tests::station::Station;
 
 use super::namespaces::{Joined, Kind, RIGHT};
-use super::plan::{Figure, Plan};
+use super::peers::{CLIENT_CPU, SWITCH_CPU};
+use super::plan::{Figure, Peer, Plan};
 use super::table::{Report, Table, median};
 
 /// Pings in a measurement.
 const PINGS: usize = 100;
 
-/// Seconds from one to the next: four hundred times as long as a worker polls before it sleeps.
-const INTERVAL: &str = "0.02";
+/// From one to the next: four hundred times as long as a worker polls before it sleeps.
+const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Round trips through a worker asleep and one awake.
 pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
@@ -28,12 +33,77 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
         .push(format!("Waking adds {:.1} µs to a ping, which crosses the switch twice.", asleep - awake));
     table.rows.push(row);
     report.tables.push(table);
+    let figure = Figure::new(format!("median round trip of {PINGS} bytes over two pipes"), "µs");
+    let row = plan.interleave(&figure, &mut [Echo::start()?], Echo::round_trip)?;
+    let mut table =
+        Table::new("waking a process on the switch's processor, and being woken by it, without a switch");
+    table.rows.push(row);
+    report.tables.push(table);
     Ok(())
+}
+
+/// `cat` on the switch's processor, asleep between two bytes.
+struct Echo {
+    child: Child,
+    to: ChildStdin,
+    from: ChildStdout,
+}
+
+impl Echo {
+    fn start() -> Result<Self> {
+        let mut cat = command_on(&[SWITCH_CPU], "cat");
+        let mut child = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run cat")?;
+        let to = child.stdin.take().context("no input")?;
+        let from = child.stdout.take().context("no output")?;
+        Ok(Self { child, to, from })
+    }
+
+    /// The median round trip in microseconds, from a thread on the clients' processor.
+    fn round_trip(&mut self) -> Result<f64> {
+        let (to, from) = (&mut self.to, &mut self.from);
+        let trips = move || -> Result<f64> {
+            vmq::os::pin_thread(CLIENT_CPU)?;
+            let mut times = Vec::with_capacity(PINGS);
+            for _ in 0..PINGS {
+                std::thread::sleep(INTERVAL);
+                let start = Instant::now();
+                to.write_all(b"x")?;
+                from.read_exact(&mut [0])?;
+                times.push(start.elapsed().as_secs_f64() * 1e6);
+            }
+            Ok(median(&times))
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(trips).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Peer for Echo {
+    fn name(&self) -> &'static str {
+        "cat"
+    }
+
+    /// Without a byte it sleeps anyway.
+    fn freeze(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn thaw(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The median round trip in microseconds.
 fn ping(peer: &mut Joined) -> Result<f64> {
-    let line = format!("ping -n -W 2 -c {PINGS} -i {INTERVAL} {RIGHT}");
+    let line = format!("ping -n -W 2 -c {PINGS} -i {} {RIGHT}", INTERVAL.as_secs_f64());
     let times = round_trips(&peer.left.check(&line, Duration::from_secs(60))?);
     ensure!(times.len() == PINGS, "{} of {PINGS} pings were answered", times.len());
     Ok(median(&times))
