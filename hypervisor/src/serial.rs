@@ -343,12 +343,9 @@ impl SerialPort {
             }
             if !ready[1].is_empty() {
                 self.drained.clear();
-                if self.consoles().iter().any(|(_, waits)| *waits) {
-                    // It is sent in the next turn.
-                    std::thread::sleep(GATHER);
-                }
             }
             if ready[2..].iter().any(|ready| ready.contains(PollFlags::OUT)) {
+                std::thread::sleep(GATHER);
                 self.send_waiting();
             }
             for ((console, _), ready) in consoles.iter().zip(&ready[2..]) {

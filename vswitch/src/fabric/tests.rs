@@ -1,6 +1,5 @@
 //! Whole fabrics, with guests and device models at their ports.
 
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -15,7 +14,7 @@ use crate::backend::{BackendFault, FrameSink, FrameSource};
 use crate::ports::vhost_user::features::{Features, Protocol};
 use crate::ports::vhost_user::frontend::Frontend;
 use crate::ports::vhost_user::message::Request;
-use crate::ports::vhost_user::tests::rig::{Guest, wait_for};
+use crate::ports::vhost_user::tests::rig::{Guest, connect, wait_for};
 use crate::report::PortReport;
 use crate::spec::{Attachment, PortSpec, SocketMode, SwitchKind};
 use crate::tally::Tally;
@@ -130,14 +129,7 @@ impl Lab {
     }
 
     fn connect(&self, name: &str) -> Frontend {
-        let path = self.guest_port(name).unwrap();
-        let mut stream = None;
-        // A socket has a name before it listens.
-        wait_for("the socket to listen", || {
-            stream = UnixStream::connect(&path).ok();
-            stream.is_some()
-        });
-        stream.unwrap().into()
+        connect(&self.guest_port(name).unwrap())
     }
 
     fn port(&self, name: &str) -> PortReport {

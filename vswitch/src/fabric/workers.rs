@@ -18,7 +18,8 @@ pub struct WorkersSpec {
     pub cpus: Vec<usize>,
     /// How long a queue is polled in vain before it goes to sleep on its doorbell.
     pub idle: Duration,
-    /// Whether a worker that is woken takes its processor at once from a guest that runs there.
+    /// Whether a worker that is woken takes its processor at once from a guest that runs there, and keeps it while it polls
+    /// in vain.
     pub preempt: bool,
     /// Let the placement move queues and park workers.
     pub balance: bool,

@@ -19,15 +19,13 @@ const COUNTS: [&str; 7] =
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cost {
     counts: [f64; COUNTS.len()],
-    /// In both directions.
-    packets: f64,
     /// Processor time in ticks of 10 ms, user's and system's, of the VMM, of our daemon, and of vhost-net's thread.
     ticks: [[f64; 2]; 3],
 }
 
 impl Cost {
-    /// Now, for the VM of `process`, after so many packets.
-    pub fn now(host: &Host, process: u32, packets: f64) -> Result<Self> {
+    /// Now, for the VM of `process`.
+    pub fn now(host: &Host, process: u32) -> Result<Self> {
         let names = COUNTS.join(" ");
         let line = format!(
             "cd /sys/kernel/debug/kvm 2> /dev/null || {{ mount -t debugfs none /sys/kernel/debug; cd /sys/kernel/debug/kvm; }}; \
@@ -40,12 +38,11 @@ impl Cost {
         let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         let (counts, rest) = numbers.split_first_chunk().with_context(|| format!("no counts: {text}"))?;
         let [a, b, c, d, e, f] = *rest else { anyhow::bail!("no counts: {text}") };
-        Ok(Self { counts: *counts, packets, ticks: [[a, b], [c, d], [e, f]] })
+        Ok(Self { counts: *counts, ticks: [[a, b], [c, d], [e, f]] })
     }
 
-    /// What has come since `before`, in words.
-    fn since(&self, before: &Self) -> String {
-        let packets = self.packets - before.packets;
+    /// What has come since `before`, and with it so many packets in both directions, in words.
+    fn since(&self, before: &Self, packets: f64) -> String {
         let mut text = format!("{packets} packets; user's and system's time in ms:");
         for (at, who) in ["VMM", "yardd", "vhost"].iter().enumerate() {
             let [user, system] = [0, 1].map(|part| (self.ticks[at][part] - before.ticks[at][part]) * 10.0);
@@ -66,10 +63,12 @@ pub fn packets(end: &dyn Station, device: &str) -> Result<f64> {
     end.check(&line, SHORT)?.trim().parse().context("no count of packets")
 }
 
-/// What `send` moved, and what it cost each of the VMs that `costs` looks at: said, if costs are wanted.
+/// What `send` moved, and what it cost each of the VMs that `costs` looks at, by the packets that `packets` counts: said, if
+/// costs are wanted.
 pub fn watched<const N: usize>(
     stage: &Stage<'_>,
     what: &str,
+    packets: impl Fn() -> Result<f64>,
     costs: impl Fn() -> Result<[Cost; N]>,
     send: impl FnOnce(u32) -> Result<f64>,
 ) -> Result<f64> {
@@ -77,16 +76,14 @@ pub fn watched<const N: usize>(
     if !stage.costs {
         return send(seconds);
     }
-    let before = costs()?;
+    let (counted, before) = (packets()?, costs()?);
     let histograms = Histograms::begin(&stage.host)?;
     let value = send(seconds)?;
-    let after = costs()?;
+    let (packets, after) = (packets()? - counted, costs()?);
     let mut text = format!("{what}: {value:.0}");
     for (before, after) in before.iter().zip(&after) {
-        let _ = write!(text, "\n    {}", after.since(before));
+        let _ = write!(text, "\n    {}", after.since(before, packets));
     }
-    let packets =
-        after.first().zip(before.first()).map_or(f64::NAN, |(after, before)| after.packets - before.packets);
     stage.plan.say(text + &histograms.end(packets)?);
     Ok(value)
 }
@@ -140,9 +137,9 @@ mod tests {
 
     #[test]
     fn counts_are_related_to_packets() {
-        let before = Cost { counts: [0.0; 7], packets: 10.0, ticks: [[0.0; 2]; 3] };
-        let after = Cost { counts: [40.0; 7], packets: 30.0, ticks: [[5.0, 1.0]; 3] };
-        let text = after.since(&before);
+        let before = Cost { counts: [0.0; 7], ticks: [[0.0; 2]; 3] };
+        let after = Cost { counts: [40.0; 7], ticks: [[5.0, 1.0]; 3] };
+        let text = after.since(&before, 20.0);
         assert!(
             text.starts_with("20 packets; user's and system's time in ms: VMM 50+10 yardd 50+10"),
             "{text}"

@@ -84,21 +84,33 @@ struct Contender {
 impl Contender {
     fn measure(&self, stage: &Stage<'_>, line: Line) -> Result<f64> {
         let what = format!("{}, {}, {}", self.name(), line.what, line.unit);
-        watched(stage, &what, || Ok([self.cost()?]), |seconds| self.send(line.way, line.load, seconds))
+        watched(
+            stage,
+            &what,
+            || packets(&stage.host, &self.tap()),
+            || Ok([Cost::now(&stage.host, self.process()?)?]),
+            |seconds| self.send(line.way, line.load, seconds),
+        )
     }
 
-    fn cost(&self) -> Result<Cost> {
-        let (host, process, tap) = match &self.guest {
-            Guest::Ours(machine) => (machine.guest.host(), machine.worker, machine.tap.clone()),
+    /// Its end of the wire in the nested host.
+    fn tap(&self) -> String {
+        match &self.guest {
+            Guest::Ours(machine) => machine.tap.clone(),
+            Guest::Qemu(_, name) => format!("tap-{name}"),
+        }
+    }
+
+    /// The VMM's process.
+    fn process(&self) -> Result<u32> {
+        match &self.guest {
+            Guest::Ours(machine) => Ok(machine.worker),
             Guest::Qemu(qemu, name) => {
-                let host = qemu.guest().host();
-                let found = host
-                    .check(&format!("grep -l '/run/{name}[.]console,' /proc/[0-9]*/cmdline; true"), SHORT)?;
-                let process = found.split('/').nth(2).and_then(|process| process.parse().ok());
-                (host, process.context("no QEMU")?, format!("tap-{name}"))
+                let line = format!("grep -l '/run/{name}[.]console,' /proc/[0-9]*/cmdline; true");
+                let found = qemu.guest().host().check(&line, SHORT)?;
+                found.split('/').nth(2).and_then(|process| process.parse().ok()).context("no QEMU")
             }
-        };
-        Cost::now(host, process, packets(host, &tap)?)
+        }
     }
 
     fn send(&self, way: Way, load: Load, seconds: u32) -> Result<f64> {

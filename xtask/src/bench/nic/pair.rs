@@ -77,13 +77,14 @@ impl Peer for Couple<'_> {
 impl Couple<'_> {
     /// The sender's cost is said first, then the receiver's.
     fn measure(&self, stage: &Stage<'_>) -> Result<f64> {
-        watched(stage, &format!("{}, Mbit/s", self.name()), || self.costs(), |seconds| self.send(seconds))
-    }
-
-    fn costs(&self) -> Result<[Cost; 2]> {
-        let packets = packets(&self.red.guest, "eth0")?;
-        let of = |machine: &Machine| Cost::now(machine.guest.host(), machine.worker, packets);
-        Ok([of(self.red)?, of(self.blue)?])
+        let of = |machine: &Machine| Cost::now(machine.guest.host(), machine.worker);
+        watched(
+            stage,
+            &format!("{}, Mbit/s", self.name()),
+            || packets(&self.red.guest, "eth0"),
+            || Ok([of(self.red)?, of(self.blue)?]),
+            |seconds| self.send(seconds),
+        )
     }
 
     fn send(&self, seconds: u32) -> Result<f64> {

@@ -51,14 +51,8 @@ impl Site {
         })?
     }
 
-    /// A client that was not refused.
     fn connect(&self) -> Frontend {
-        let mut front = None;
-        wait_for("a connection", || {
-            front = UnixStream::connect(&self.path).ok().map(Frontend::from);
-            front.as_mut().is_some_and(|front| front.ask(&Request::GetFeatures).is_ok())
-        });
-        front.unwrap()
+        connect(&self.path)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use vmq::ring::RingAddresses;
 
 use crate::ports::vhost_user::features::{Features, Negotiated, Protocol};
 use crate::ports::vhost_user::frontend::{Frontend, RingSetup};
-use crate::ports::vhost_user::message::MemoryRegion;
+use crate::ports::vhost_user::message::{MemoryRegion, Request};
 use crate::ports::vhost_user::queue::ActiveRing;
 use crate::ports::vhost_user::session::{Rings, Session, SessionConfig};
 use crate::ports::vhost_user::socket::{Connection, Received};
@@ -36,6 +37,16 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(20), "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// A client that was not refused. A socket has a name before it listens.
+pub fn connect(path: &Path) -> Frontend {
+    let mut front = None;
+    wait_for("a connection", || {
+        front = UnixStream::connect(path).ok().map(Frontend::from);
+        front.as_mut().is_some_and(|front| front.ask(&Request::GetFeatures).is_ok())
+    });
+    front.unwrap()
 }
 
 #[derive(Debug)]
