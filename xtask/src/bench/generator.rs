@@ -6,12 +6,20 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use switchyard_tests::process::{command, output};
 
+use super::goal::Goal;
 use super::peers::{CLIENT_CPU, Kind, Needs, Switch};
 use super::plan::{Figure, Peer, Plan};
-use super::table::{Report, Row, Table};
+use super::table::{Report, Row, Table, median};
 
 /// The generator's addresses if it has one a side.
 const MACS: [&str; 2] = ["02:00:00:00:00:00", "02:01:00:00:00:00"];
+
+/// Bytes, addresses a side, and what is wanted of OVS-DPDK's rate.
+const LOADS: [(u32, u32, Option<f64>); 3] = [(64, 1, Some(2.8)), (64, 1024, Some(4.5)), (1518, 1, None)];
+/// OVS-DPDK's column.
+const OVS: usize = 1;
+/// What one of the shortest frames may cost.
+const CYCLES: f64 = 100.0;
 
 /// Seconds from the generator's start to its measurement: OVS sets its queues up anew for each client.
 const WARM_UP: &str = "1.5";
@@ -47,10 +55,14 @@ pub fn run(plan: &Plan, packed: bool, frames: &[u32], report: &mut Report) -> Re
     let mut rates =
         Table::new(format!("saturating generator over vhost-user, {rings} rings, both directions added"));
     let mut cycles = Table::new("what a packet costs yardd, by its own count");
-    let loads = [(64, 1), (64, 1024), (1518, 1)].map(|(frame, addresses)| Load { frame, addresses, packed });
-    for load in loads.into_iter().filter(|load| frames.is_empty() || frames.contains(&load.frame)) {
-        let (rate, cost) = one_load(plan, load)?;
-        rates.rows.push(rate);
+    let loads = LOADS.iter().filter(|(frame, ..)| frames.is_empty() || frames.contains(frame));
+    for &(frame, addresses, wanted) in loads {
+        let (rate, cost) = one_load(plan, Load { frame, addresses, packed })?;
+        rates.row(rate, wanted.map(|ratio| (OVS, ratio)).as_slice());
+        if let (64, [own]) = (frame, &cost.series[..]) {
+            let what = format!("{}, cycles a packet", cost.what);
+            cycles.goal(&Goal::at_most(what, median(&own.samples), CYCLES));
+        }
         cycles.rows.push(cost);
     }
     report.tables.extend([rates, cycles]);

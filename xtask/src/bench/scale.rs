@@ -9,10 +9,11 @@ use switchyard_tests::process::{command_on, output};
 use switchyard_tests::yardd::Yardd;
 
 use super::generator::{Load, generate};
+use super::goal::Goal;
 use super::peers::{Kind, Needs, SWITCH, SWITCH_CPU, Switch};
 use super::plan::{Figure, Peer, Plan};
 use super::silent::Silent;
-use super::table::{Report, Row, Table};
+use super::table::{Report, Row, Table, median};
 
 const PORTS: u32 = 384;
 const ADDRESSES: u32 = 1 << 20;
@@ -54,6 +55,8 @@ fn silent_ports(plan: &Plan) -> Result<Table> {
     let full = yardd.process().resident_kib()? as f64;
     let ports = f64::from(PORTS);
     let mut table = Table::new(format!("{PORTS} vhost-user ports, connected and silent"));
+    table.goal(&Goal::at_most("processor time, % of one CPU", median(&percent), 1.0));
+    table.goal(&Goal::at_most("resident memory, KiB a port", full / ports, 1024.0));
     table.rows = vec![
         Row::alone("processor time of the daemon", "% of one CPU", "yardd", percent),
         Row::alone("resident memory, whole daemon over ports", "KiB a port", "yardd", vec![full / ports]),
@@ -96,7 +99,7 @@ fn forwarding(plan: &Plan) -> Result<Table> {
             generate(plan, switch.sockets(), Load { frame: 64, addresses: *addresses, packed: false })
         })?;
     let mut table = Table::new("forwarding by number of addresses, one yardd");
-    table.rows.push(row);
+    table.row(row, &[(2, 0.85)]);
     Ok(table)
 }
 
@@ -113,6 +116,7 @@ fn learning(plan: &Plan) -> Result<Table> {
         }
     }
     let mut table = Table::new("learning, the pipeline by itself");
+    table.goal(&Goal::at_least("learning, M addresses/s", median(&samples), 1.0));
     table.rows.push(Row::alone("64 B frames from 1 M fresh sources", "M addresses/s", "yardd", samples));
     Ok(table)
 }

@@ -32,6 +32,9 @@ impl Series {
     }
 }
 
+/// Columns of peers, and what the ratio to each should be at least.
+pub type Bounds = [(usize, f64)];
+
 /// One line of a table. All lines of a table have the same peers, ours first.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
@@ -91,6 +94,15 @@ impl Table {
     /// Without lines yet.
     pub fn new(title: impl Into<String>) -> Self {
         Self { title: title.into(), ..Self::default() }
+    }
+
+    /// Adds a line, and says below whether its ratios are as wanted.
+    pub fn row(&mut self, row: Row, wanted: &Bounds) {
+        for &(peer, bound) in wanted {
+            let name = row.series.get(peer).map_or("nobody", |series| &series.peer);
+            self.goal(&Goal::at_least(format!("{}, to {name}", row.what), row.ratio(peer), bound));
+        }
+        self.rows.push(row);
     }
 
     /// Says below the lines whether one is as wanted.

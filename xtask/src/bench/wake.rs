@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use switchyard_tests::process::command_on;
 use switchyard_tests::station::Station;
 
+use super::goal::Goal;
 use super::namespaces::{Joined, Kind, RIGHT};
 use super::peers::{CLIENT_CPU, SWITCH_CPU};
 use super::plan::{Figure, Peer, Plan};
@@ -31,6 +32,7 @@ pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     table
         .notes
         .push(format!("Waking adds {:.1} µs to a ping, which crosses the switch twice.", asleep - awake));
+    table.goal(&Goal::at_most("added by waking, µs", asleep - awake, 50.0));
     table.rows.push(row);
     report.tables.push(table);
     let figure = Figure::new(format!("median round trip of {PINGS} bytes over two pipes"), "µs");

@@ -17,9 +17,12 @@ use switchyard_tests::yardd::Yardd;
 use super::Scene;
 use crate::build;
 
-/// What two programs said to each other (HTTP, ping, UDP), recorded between two namespaces, one file a side: replayed
-/// through two ports they talk again, through the switch.
-const REPLAYED: [&str; 2] = ["examples/talk-client.pcapng", "examples/talk-server.pcapng"];
+/// The configuration, and what it has replayed: two programs that talk (HTTP, ping, UDP), recorded between two namespaces,
+/// one file a side. Played through two ports they talk again, through the switch.
+const EXAMPLE: &str = "examples/demo.toml";
+const REPLAYED: [&str; 2] = ["talk-client.pcapng", "talk-server.pcapng"];
+/// What the example has written.
+const WRITTEN: &str = "switch.pcapng";
 
 /// Everything that takes part. Dropping it ends it all.
 struct Stage {
@@ -42,46 +45,28 @@ pub fn run(scene: &Scene) -> Result<()> {
         bail!("the switch cannot be shown here: {reason}");
     }
     let lab = Lab::shared()?;
-    let capture = scene.output.join("switch.pcapng");
-    let stage = set_up(&lab, &capture, scene)?;
+    let stage = set_up(&lab, scene)?;
     talk(&stage, scene)?;
     show(&stage, scene)?;
     drop(stage);
+    let capture = scene.output.join(WRITTEN);
+    std::fs::copy(lab.path(WRITTEN), &capture).context("what the switch has written")?;
     look_at_capture(&capture, scene)
 }
 
-fn config(lab: &Lab, capture: &Path) -> String {
-    format!(
-        r#"
-[switch.lab]
-type = "private"
-[switch.lab.port.red]
-vhost-user = {{ path = {red:?}, mode = "server", queues = 1 }}
-mac = "02:00:00:00:00:01"
-[switch.lab.port.blue]
-vhost-user = {{ path = {blue:?}, mode = "server", queues = 1 }}
-mac = "02:00:00:00:00:02"
-[switch.lab.port.left]
-tap = {{ name = "yard-left" }}
-[switch.lab.port.right]
-tap = {{ name = "yard-right" }}
-[switch.lab.port.client]
-pcap = {{ read = {client:?}, write = {write:?}, pace = "recorded" }}
-[switch.lab.port.server]
-pcap = {{ read = {server:?}, pace = "recorded" }}
-"#,
-        red = lab.path("red.sock"),
-        blue = lab.path("blue.sock"),
-        client = build::root().join(REPLAYED[0]),
-        server = build::root().join(REPLAYED[1]),
-        write = capture,
-    )
+/// Lays the example's files out in the lab, where its relative paths belong; its text.
+fn example(lab: &Lab) -> Result<String> {
+    let path = build::root().join(EXAMPLE);
+    for name in REPLAYED {
+        std::fs::copy(path.with_file_name(name), lab.path(name)).with_context(|| name.to_owned())?;
+    }
+    std::fs::read_to_string(&path).with_context(|| path.display().to_string())
 }
 
-fn set_up(lab: &Lab, capture: &Path, scene: &Scene) -> Result<Stage> {
-    scene.say("starting yardd with one private switch: two guests, two namespaces, a capture replayed");
+fn set_up(lab: &Lab, scene: &Scene) -> Result<Stage> {
+    scene.say(format!("starting yardd with {EXAMPLE}: two guests, two namespaces, a capture replayed"));
     let cpu = setup::processors() - 1;
-    let yardd = Yardd::start(lab, &scene.programs, &[cpu], &config(lab, capture))?;
+    let yardd = Yardd::start(lab, &scene.programs, &[cpu], &example(lab)?)?;
     scene.say("booting two Debian guests under QEMU (software CPU), virtio-net over vhost-user");
     let boot = |name: &str, mac: &str| {
         let nic = Nic::vhost_user(lab.path(&format!("{name}.sock")), Role::Client, mac);
