@@ -341,6 +341,24 @@ fn captures_are_limited_outlive_the_deadline_and_free_their_place() {
 }
 
 #[test]
+fn orders_to_vms_are_limited_and_what_shows_or_switches_is_not() {
+    let server = |orders| Server::start(Fake::with_lab(), Limits { orders, ..Limits::default() });
+    let define =
+        |server: &Server, name| server.send("POST", "/v1/vms", &definition(name, json!({})).to_string());
+    let full = server(0);
+    assert_eq!(define(&full, "web").problem(), "busy");
+    assert_eq!(full.get("/v1/vms/web").problem(), "busy");
+    for path in ["/v1/vms", "/v1/report", "/v1/metrics", "/v1/switches/lab/ports/red"] {
+        assert_eq!(full.get(path).status, 200, "{path}");
+    }
+    assert_eq!(full.send("POST", "/v1/switches/lab/ports/red/restart", "").status, 204);
+    let one = server(1);
+    for name in ["web", "db"] {
+        assert_eq!(define(&one, name).status, 201, "an order that was carried out leaves its place");
+    }
+}
+
+#[test]
 fn daemon_that_ends_closes_captures_in_good_order() {
     let mut server = Server::start(Fake::with_lab(), Limits::default());
     let mut stream = begin_capture(&server);

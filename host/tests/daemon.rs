@@ -321,3 +321,35 @@ fn vm_outlives_the_daemon_and_is_taken_back() {
     assert_eq!(exchange(&daemon.socket, "POST", "/v1/vms/web/stop", "").status, 204);
     assert_eq!(show(&daemon)["state"], "off");
 }
+
+#[test]
+fn tap_queue_that_the_daemon_inherited_carries_frames() {
+    use std::os::fd::AsRawFd;
+    let tap = vmq::os::new_network_namespace()
+        .and_then(|()| vmq::os::tap::open("given", vmq::os::tap::Flags::default()));
+    let tap = match tap {
+        Ok(tap) => tap,
+        Err(error) => {
+            eprintln!("skipped: needs root and /dev/net/tun: {error}");
+            return;
+        }
+    };
+    rustix::io::fcntl_setfd(&tap, rustix::io::FdFlags::empty()).unwrap();
+    let daemon = Daemon::start(&format!(
+        "[switch.lab]\ntype = \"private\"\n[switch.lab.port.given]\ntap.fds = [{}]\nmtu = 1400",
+        tap.as_raw_fd()
+    ));
+    // The daemon has its own.
+    drop(tap);
+    let port = || exchange(&daemon.socket, "GET", "/v1/switches/lab/ports/given", "").json();
+    assert_eq!((port()["state"].clone(), vmq::os::mtu("given").unwrap()), ("up".into(), 1400));
+    let socket = vmq::os::packet::open("given", vmq::os::packet::Flags::default()).unwrap();
+    let before = port()["received"].clone();
+    let frame = [[0xff; 6].as_slice(), &[2, 0, 0, 0, 0, 1, 0x88, 0xb5], &[0; 46]].concat();
+    assert_eq!(rustix::io::write(&socket, &frame).unwrap(), 60);
+    let began = Instant::now();
+    while port()["received"] == before {
+        assert!(began.elapsed() < Duration::from_secs(20), "no frame came: {}", port());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -3,20 +3,28 @@
 #![allow(clippy::unwrap_used, reason = "a failure to set up is a failure of the test")]
 
 mod support;
+#[path = "vm/takeover.rs"]
+mod takeover;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use host::api::{Backend, Limits};
 use host::config::{nic_change_request, nic_request, vm_request};
 use host::vm::spec::{LinkState, VmChange, VmSpec};
-use host::vm::{Manager, VmReport, VmState};
+use host::vm::{Cgroups, Manager, Settings, VmReport, VmState};
 use hypervisor::control::Command;
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::{Value, json};
-use support::played::{FakeNetwork, definition, manager, until};
+use support::played::{FakeNetwork, definition, manager, settings, until};
+use support::{Fake, Server};
 use tempfile::TempDir;
+use vswitch::spec::{Attachment, PortSpec};
 
 fn start() -> (TempDir, Arc<FakeNetwork>, Manager) {
     let dir = tempfile::tempdir().unwrap();
@@ -447,65 +455,100 @@ fn console_is_reached_through_its_socket() {
 }
 
 #[test]
-fn later_manager_takes_running_vms_back_with_their_live_changes() {
-    let (dir, _, vms) = start();
-    vms.define(spec("configured", json!({ "cmdline": "one" }))).unwrap();
-    vms.define(spec("live", json!({}))).unwrap();
-    vms.start("configured").unwrap();
-    vms.start("live").unwrap();
-    vms.add_nic("live", nic_request(json!({ "name": "eth1", "switch": "lab" }), "live").unwrap()).unwrap();
-    let workers = ["configured", "live"].map(|name| vms.show(name).unwrap().pid.unwrap());
-    vms.end();
-    drop(vms);
-    assert!(workers.iter().all(|worker| test_kill_process(pid(*worker)).is_ok()));
-
-    let network = Arc::new(FakeNetwork::default());
-    let vms = manager(dir.path(), Arc::clone(&network));
-    let _broom = Broom(&vms);
-    let configured = vec![
-        spec("configured", json!({ "cmdline": "two", "autostart": true })),
-        spec("fresh", json!({ "autostart": true })),
-        spec("broken", json!({ "autostart": true, "kernel": "/nonexistent" })),
-    ];
-    let problems = vms.begin(configured);
-    assert_eq!(problems, ["vm.broken: /nonexistent: No such file or directory (os error 2)"]);
-    let report = when_state(&vms, "configured", VmState::Running);
-    assert_eq!((report.pid, report.cmdline.as_str(), report.changed), (Some(workers[0]), "one", true));
-    let report = when_state(&vms, "live", VmState::Running);
-    assert_eq!((report.pid, report.nics.len(), report.changed), (Some(workers[1]), 2, false));
-    when_state(&vms, "fresh", VmState::Running);
-    let heard = network.heard();
-    for wanted in ["plug live.eth1", "serve live 2", "serve configured 1"] {
-        assert!(heard.iter().any(|said| said == wanted), "{heard:?}");
-    }
-    // What an earlier daemon started dies without its status being known.
-    kill_process(pid(workers[0]), Signal::KILL).unwrap();
-    let again = |report: &VmReport| report.restarts == 1 && report.state == VmState::Running;
-    assert_eq!(when(&vms, "configured", again).cmdline, "two");
+fn deletion_that_fails_leaves_a_vm_that_can_be_deleted() {
+    let (dir, network, vms) = start();
+    vms.define(spec("web", json!({}))).unwrap();
+    // A file in its place.
+    std::fs::write(dir.path().join("vm/web"), "").unwrap();
+    let refused = vms.delete("web").unwrap_err().to_string();
+    assert!(refused.contains("vm/web"), "{refused}");
+    assert_eq!(vms.show("web").unwrap().state, VmState::Off);
+    assert_eq!(network.heard(), ["plug web.eth0"]);
+    std::fs::remove_file(dir.path().join("vm/web")).unwrap();
+    vms.delete("web").unwrap();
+    assert!(vms.list().is_empty());
 }
 
 #[test]
-fn vm_that_died_while_nobody_watched_is_reported_and_started_again_by_policy() {
+fn workers_have_users_of_their_own_and_keep_them_for_a_later_manager() {
     let (dir, _, vms) = start();
-    vms.define(spec("again", json!({}))).unwrap();
-    vms.define(spec("never", json!({ "restart": "never" }))).unwrap();
-    let workers = ["again", "never"].map(|name| {
+    for name in ["db", "late", "web"] {
+        vms.define(spec(name, json!({}))).unwrap();
         vms.start(name).unwrap();
-        vms.show(name).unwrap().pid.unwrap()
-    });
+    }
+    let users = |vms: &Manager| ["db", "web"].map(|name| vms.show(name).unwrap().user.unwrap());
+    let first = users(&vms);
+    assert_ne!(first[0], first[1]);
+    vms.stop("db").unwrap();
+    assert_eq!(vms.show("db").unwrap().user, None);
+    vms.start("db").unwrap();
+    let late = vms.show("late").unwrap().user.unwrap();
+    vms.stop("late").unwrap();
     vms.end();
     drop(vms);
-    for worker in workers {
-        kill_process(pid(worker), Signal::KILL).unwrap();
-    }
-    // They were children of this very process.
-    while rustix::process::wait(rustix::process::WaitOptions::NOHANG).is_ok_and(|ended| ended.is_some()) {}
-    std::thread::sleep(Duration::from_millis(50));
+    // Two names may come to the same number.
+    let record = dir.path().join("vm/web/setup.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace(&first[1].to_string(), &late.to_string())).unwrap();
     let vms = manager(dir.path(), Arc::default());
     let _broom = Broom(&vms);
-    assert!(vms.begin(Vec::new()).is_empty());
-    when(&vms, "again", |report| report.restarts == 1 && report.state == VmState::Running);
-    let report = vms.show("never").unwrap();
-    assert_eq!(report.state, VmState::Off);
-    assert!(report.reason.unwrap().starts_with("its worker ended while no yardd ran"));
+    assert!(vms.begin(vec![spec("late", json!({ "autostart": true }))]).is_empty());
+    assert_eq!(users(&vms), [first[0], late]);
+    assert_eq!(when_state(&vms, "late", VmState::Running).user, Some(late + 1));
+}
+
+#[test]
+fn restarted_port_of_a_legacy_adapter_is_connected_again() {
+    let fake = Fake::with_lab();
+    let server = Server::start(Arc::clone(&fake), Limits::default());
+    let nics = json!(["eth0", "eth1"].map(|name| json!({ "name": name, "switch": "lab", "type": "legacy" })));
+    for name in ["web", "web.two"] {
+        server.vms.define(spec(name, json!({ "nic": nics }))).unwrap();
+        server.vms.start(name).unwrap();
+        let attachment = Attachment::Legacy { vm: name.into(), nic: "eth1".into() };
+        fake.add_port("lab", PortSpec::new(format!("{name}.eth1"), attachment)).unwrap();
+    }
+    server.network.heard();
+    let restarted = server.send("POST", "/v1/switches/lab/ports/web.two.eth1/restart", "");
+    assert_eq!(restarted.status, 204, "{restarted:?}");
+    for name in ["web", "web.two"] {
+        server.vms.show(name).unwrap();
+    }
+    assert_eq!(server.network.heard(), ["legacy web.two.eth1"]);
+}
+
+#[test]
+fn console_on_a_terminal_passes_every_key_and_leaves_the_terminal_as_it_was() {
+    let server = Server::start(Fake::with_lab(), Limits::default());
+    server.vms.define(spec("web", json!({}))).unwrap();
+    server.vms.start("web").unwrap();
+    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let terminal = ptsname(&screen, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = rustix::fs::open(terminal, flags, Mode::empty()).unwrap();
+    let modes = || {
+        let now = tcgetattr(&terminal).unwrap();
+        (now.input_modes, now.output_modes, now.local_modes)
+    };
+    let before = modes();
+    let mut console = std::process::Command::new(env!("CARGO_BIN_EXE_yard"))
+        .args(["vm", "console", "web"])
+        .env("YARD_SOCKET", &server.socket)
+        .stdin(terminal.try_clone().unwrap())
+        .stdout(terminal.try_clone().unwrap())
+        .stderr(terminal.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let mut screen = std::fs::File::from(screen);
+    until(&mut screen, "Ctrl-] leaves.\r\n");
+    let local = modes().2;
+    assert!(!local.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "{local:?}");
+    // Ctrl-C is for the guest; what is typed comes back from there alone.
+    screen.write_all(b"a\x03b\n").unwrap();
+    assert_eq!(until(&mut screen, "b\n"), "heard a\x03b\n");
+    screen.write_all(b"\x1d").unwrap();
+    assert!(console.wait().unwrap().success());
+    assert_eq!(modes(), before);
 }

@@ -40,6 +40,9 @@ pub enum Handle {
 pub struct Setup {
     /// Name of the VM.
     pub name: String,
+    /// User and group that the worker becomes, with no other group; none if it stays what it is.
+    #[serde(default)]
+    pub user: Option<u32>,
     /// Memory.
     pub memory: Memory,
     /// Virtual processors, 1 to [`MAX_VCPUS`].

@@ -118,13 +118,14 @@ impl Guest {
     }
 
     /// Lets it run.
-    pub fn run(&self) {
-        self.services.resume();
+    pub fn run(&mut self) {
         self.partition.run();
+        // After it: a sample for the guest's clock reads the reference time, which a pause held back.
+        self.services.resume();
     }
 
     /// Stops it where it is.
-    pub fn pause(&self) {
+    pub fn pause(&mut self) {
         self.partition.pause();
         self.services.pause();
     }

@@ -80,6 +80,8 @@ pub struct Memory {
     processors: GuestMemoryMmap,
     startup: u64,
     maximum: u64,
+    /// All of its pages are set aside, so that none is missing when it is touched.
+    whole: bool,
 }
 
 impl Memory {
@@ -108,7 +110,7 @@ impl Memory {
             .map(|&(guest, len, offset)| Region::new(guest, guest, len, Arc::clone(&mapping), offset));
         let guest = Arc::new(GuestMemory::new(regions.collect::<Result<_, _>>()?, None)?);
         let processors = for_processors(&fd, &ranges)?;
-        Ok(Self { fd, guest, processors, startup, maximum })
+        Ok(Self { fd, guest, processors, startup, maximum, whole: huge })
     }
 
     /// Checked access.
@@ -180,9 +182,14 @@ impl Memory {
     /// Forgets everything: a guest is about to be started anew.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// The kernel refuses; or others took huge pages meanwhile, and the pool is too small.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        ranges(self.maximum).into_iter().try_for_each(|(guest, len, _)| self.discard(guest, len))
+        ranges(self.maximum).into_iter().try_for_each(|(guest, len, _)| self.discard(guest, len))?;
+        if self.whole {
+            let failed = |source| MemoryError::File { what: "set aside huge pages for", source };
+            rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), 0, self.maximum).map_err(failed)?;
+        }
+        Ok(())
     }
 }
 
@@ -260,6 +267,21 @@ mod tests {
         assert_eq!(memory.guest().segment(MIB, 8).unwrap().read(), Some([0; 8]));
         assert!(memory.discard(2 * MIB - 4096, 8192).is_err());
         assert!(memory.discard(4 * MIB, 4096).is_err());
+    }
+
+    #[test]
+    fn cleared_memory_is_zero_and_has_its_pages_if_it_had_all() {
+        use vm_memory::Bytes;
+        let mut memory = Memory::new("guest", sizes(2 * MIB, 2 * MIB, 2 * MIB)).unwrap();
+        for whole in [false, true] {
+            // As with huge pages, which a machine for tests may not have.
+            memory.whole = whole;
+            memory.loader().write_obj(7u64, GuestAddress(MIB)).unwrap();
+            memory.clear().unwrap();
+            let blocks = rustix::fs::fstat(memory.fd()).unwrap().st_blocks;
+            assert_eq!(blocks * 512, if whole { 2 << 20 } else { 0 });
+            assert_eq!(memory.guest().segment(MIB, 8).unwrap().read(), Some([0; 8]));
+        }
     }
 
     #[test]

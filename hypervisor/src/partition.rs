@@ -15,7 +15,6 @@ use std::thread::JoinHandle;
 
 use acpi_tables::Aml;
 use kvm_bindings::Msrs;
-use kvm_ioctls::VcpuFd;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use vm_memory::{Bytes, GuestAddress};
 use vmq::doorbell::Doorbell;
@@ -30,7 +29,7 @@ use crate::devices::power::{self, Power};
 use crate::devices::rtc::{self, Rtc};
 use crate::gate::{Gate, Wanted};
 use crate::guest::OnFault;
-use crate::kvm::{Gsi, Host, Kick, KvmError, Vm, install_signal};
+use crate::kvm::{Clock, Gsi, Host, Kick, KvmError, Processor, Vm, install_signal};
 use crate::legacy::{Legacy, LegacyError, LegacyNic, LegacyStatus};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
@@ -121,6 +120,7 @@ fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> PartitionError {
 struct Machine {
     /// KVM's end; VMBus ties its channels to it.
     vm: Arc<Vm>,
+    clock: Clock,
     around: Arc<Surroundings>,
     handles: Vec<Arc<Handle>>,
     threads: Vec<JoinHandle<()>>,
@@ -226,20 +226,22 @@ impl Partition {
         self.generation
     }
 
-    /// Lets the guest run.
-    pub fn run(&self) {
-        if let Some(machine) = &self.machine {
+    /// Lets the guest run. Its time goes on where it was when the guest was paused.
+    pub fn run(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.clock.go();
             self.legacy.resume();
             machine.tell(Wanted::Run);
         }
     }
 
     /// Stops all processors and adapters where they are; returns when they have stopped.
-    pub fn pause(&self) {
+    pub fn pause(&mut self) {
         self.legacy.pause();
-        if let Some(machine) = &self.machine {
+        if let Some(machine) = &mut self.machine {
             machine.tell(Wanted::Park);
             machine.around.gate.all_parked(machine.handles.len());
+            machine.clock.stop();
         }
     }
 
@@ -304,7 +306,8 @@ impl Partition {
         let count = self.parts.vcpus;
         let vm = Arc::new(Vm::new(&self.host, &self.memory)?);
         let fds = (0..count).map(|index| Ok(vm.create_vcpu(index)?));
-        let fds = fds.collect::<Result<Vec<VcpuFd>, PartitionError>>()?;
+        let fds = fds.collect::<Result<Vec<Processor>, PartitionError>>()?;
+        let clock = Clock::new(&vm, &fds)?;
         vm.route_interrupts(count)?;
         vm.interrupt_by(self.parts.serial.interrupt(), Gsi(u32::from(acpi::SERIAL_GSI)))?;
         vm.interrupt_by(&self.button, Gsi(u32::from(acpi::POWER_GSI)))?;
@@ -326,7 +329,7 @@ impl Partition {
             outcomes: self.outcomes.clone(),
             machine: self.generation,
         });
-        let mut machine = Machine { vm, around, handles: Vec::new(), threads: Vec::new() };
+        let mut machine = Machine { vm, clock, around, handles: Vec::new(), threads: Vec::new() };
         for (index, fd) in (0..).zip(fds) {
             self.prepare(&fd, index, entry)?;
             self.spawn(&mut machine, index, fd)?;
@@ -373,7 +376,7 @@ impl Partition {
         Ok(bus)
     }
 
-    fn prepare(&self, fd: &VcpuFd, index: u32, entry: u64) -> Result<(), PartitionError> {
+    fn prepare(&self, fd: &Processor, index: u32, entry: u64) -> Result<(), PartitionError> {
         use crate::kvm::failed;
         fd.set_cpuid2(&self.cpuid.of(index)?).map_err(failed("set processor features"))?;
         let msrs = Msrs::from_entries(&boot::firmware_msrs()).map_err(|_| CpuidError::TooMany)?;
@@ -387,7 +390,7 @@ impl Partition {
         Ok(())
     }
 
-    fn spawn(&self, machine: &mut Machine, index: u32, fd: VcpuFd) -> Result<(), PartitionError> {
+    fn spawn(&self, machine: &mut Machine, index: u32, fd: Processor) -> Result<(), PartitionError> {
         let handle = Arc::new(Handle::new(Kick::new(&fd)?));
         let (around, confine) = (Arc::clone(&machine.around), self.confine.vcpu);
         let vcpu = Vcpu { fd, index, handle: Arc::clone(&handle), around };

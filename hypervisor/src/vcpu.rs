@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_msr_entry,
 };
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::VcpuExit;
 use vmq::memory::GuestMemory;
 
 use crate::control::Panic;
@@ -18,7 +18,7 @@ use crate::devices::bus::Bus;
 use crate::devices::power::Wish;
 use crate::gate::Gate;
 use crate::hypercall::{self, Status};
-use crate::kvm::{Hyperv, Kick, MSR_CRASH_CTL, internal_error, take_hyperv};
+use crate::kvm::{Hyperv, Kick, MSR_CRASH_CTL, Processor, internal_error, take_hyperv};
 use crate::synic::{Registers, Synic};
 
 /// What a guest's processors bring about that concerns the whole machine.
@@ -138,7 +138,7 @@ impl Handle {
 #[derive(Debug)]
 pub struct Vcpu {
     /// KVM's end.
-    pub fd: VcpuFd,
+    pub fd: Processor,
     /// VP index.
     pub index: u32,
     /// What others know.
@@ -147,21 +147,9 @@ pub struct Vcpu {
     pub around: Arc<Surroundings>,
 }
 
-/// Ends the machine if the thread of a processor ends by a mistake of ours.
-struct Watch(Arc<Surroundings>);
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.report(Outcome::Crashed("a virtual processor's thread failed".into()));
-        }
-    }
-}
-
 impl Vcpu {
     /// The thread: runs the guest whenever the gate lets it, until it is to end.
     pub fn run(mut self) {
-        let _watch = Watch(Arc::clone(&self.around));
         let thread = rustix::thread::gettid().as_raw_nonzero().get();
         self.handle.thread.store(thread, Ordering::SeqCst);
         let mut dead = false;

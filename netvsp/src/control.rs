@@ -109,16 +109,10 @@ pub enum Effect {
         /// Which pages.
         gpadl: u32,
     },
-    /// Never touch the receive buffer again.
-    UnmapReceive,
-    /// Never touch the send buffer again.
-    UnmapSend,
     /// Offer this many subchannels.
     OfferSubchannels(u16),
-    /// [`Nvsp::data_path`] has changed.
-    DataPathChanged,
-    /// The guest stopped RNDIS: no frame either way until it begins anew. [`Nvsp::data_path`] has changed.
-    Halted,
+    /// [`Nvsp::data_path`] has changed: a buffer that it does not have any more is not to be touched again.
+    Changed,
 }
 
 /// One of the two buffers.
@@ -309,16 +303,8 @@ impl Nvsp {
             None => Area::Absent,
         };
         let answer = requests::buffer_answer(kind, area.mapped());
-        let mut effects = match (sections, bytes, kind) {
-            (Some(_), ..) => vec![Effect::DataPathChanged],
-            (None, Some(_), Buffer::Receive) => vec![Effect::UnmapReceive],
-            (None, Some(_), Buffer::Send) => vec![Effect::UnmapSend],
-            (None, None, _) => Effects::new(),
-        };
-        if reply {
-            effects.push(Effect::Complete(answer.to_vec()));
-        }
-        effects
+        let changed = sections.map(|_| Effect::Changed);
+        changed.into_iter().chain(reply.then(|| Effect::Complete(answer.to_vec()))).collect()
     }
 
     /// A channel of the NIC was opened. Frames may be spread to it from now on; the guest is told how to spread its own
@@ -336,41 +322,24 @@ impl Nvsp {
     pub fn channel_closed(&mut self, index: u16) -> Effects {
         if index != 0 {
             let changed = self.state.session_mut().is_some_and(|session| session.subchannel_closed(index));
-            return if changed { vec![Effect::DataPathChanged] } else { Effects::new() };
+            return if changed { vec![Effect::Changed] } else { Effects::new() };
         }
         self.kept = None;
-        let State::Agreed(session) = std::mem::replace(&mut self.state, State::Closed) else {
-            return Effects::new();
-        };
-        let mut effects = vec![Effect::DataPathChanged];
-        if !matches!(session.receive, Area::Absent) {
-            effects.push(Effect::UnmapReceive);
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Agreed(_) => vec![Effect::Changed],
+            State::Closed => Effects::new(),
         }
-        if !matches!(session.send, Area::Absent) {
-            effects.push(Effect::UnmapSend);
-        }
-        effects
     }
 
-    /// The host allows packets of `mtu` bytes. A guest adopts more only when it next configures itself.
-    pub fn set_mtu(&mut self, mtu: u16) -> Effects {
-        let before = self.mtu();
-        self.config.mtu = mtu.max(MIN_MTU);
-        if self.mtu() == before { Effects::new() } else { vec![Effect::DataPathChanged] }
-    }
-
-    /// The host gives the NIC another permanent address, which a guest reads when it next begins.
-    pub fn set_mac(&mut self, mac: Mac) -> Effects {
-        if self.config.mac == mac {
-            return Effects::new();
+    /// The host allows packets of `mtu` bytes, the guest to choose another address or not, and gives the NIC another permanent
+    /// one, if any. A guest adopts more bytes when it next configures itself, and reads the address when it next begins.
+    pub fn configure(&mut self, mtu: u16, mac: Option<Mac>, spoofing: bool) -> Effects {
+        let before = (self.mtu(), self.config.mac);
+        (self.config.mtu, self.config.spoofing) = (mtu.max(MIN_MTU), spoofing);
+        if let Some(mac) = mac.filter(|mac| *mac != self.config.mac) {
+            (self.config.mac, self.mac) = (mac, mac);
         }
-        (self.config.mac, self.mac) = (mac, mac);
-        vec![Effect::DataPathChanged]
-    }
-
-    /// The guest may choose another address, or may not from now on.
-    pub fn set_spoofing(&mut self, allowed: bool) {
-        self.config.spoofing = allowed;
+        if (self.mtu(), self.config.mac) == before { Effects::new() } else { vec![Effect::Changed] }
     }
 
     /// What the NIC has moved, as last told.

@@ -14,7 +14,7 @@ use vmbus::pages::Pages;
 use vmq::Mac;
 use vmq::frame::{Burst, Checksum, Frame};
 use vmq::memory::{Next, Room, Segment};
-use vmq::rss::{Flow, Rss, Transport};
+use vmq::rss::{HashTypes, Rss};
 use vswitch::offload::checksum;
 use vswitch::parse::{Headers, L4, ethertype};
 
@@ -176,26 +176,20 @@ impl Form {
             L4::Udp if verified => RxChecksums::UDP_OK,
             _ => RxChecksums::empty(),
         };
-        let flow = headers.flow(frame.head());
-        let hash = self.rss.as_ref().and_then(|rss| rss.hash(&flow)).map(|hash| (hash, hash_info(&flow)));
-        RxHeader { checksums, vlan, hash, rsc: None }
+        let hash = self.rss.as_ref().and_then(|rss| rss.hash(&headers.flow(frame.head())));
+        RxHeader { checksums, vlan, hash: hash.map(|(value, kind)| (value, hash_info(kind))), rsc: None }
     }
 }
 
 /// How a flow was hashed, in NDIS terms.
-fn hash_info(flow: &Flow) -> u32 {
-    let kind = match flow {
-        Flow::Other => 0,
-        Flow::V4 { ports, .. } => match ports.map(|ports| ports.transport) {
-            None => oid::HASH_IPV4,
-            Some(Transport::Tcp) => oid::HASH_TCP_IPV4,
-            Some(Transport::Udp) => oid::HASH_UDP_IPV4,
-        },
-        Flow::V6 { ports, .. } => match ports.map(|ports| ports.transport) {
-            None => oid::HASH_IPV6,
-            Some(Transport::Tcp) => oid::HASH_TCP_IPV6,
-            Some(Transport::Udp) => oid::HASH_UDP_IPV6,
-        },
+fn hash_info(kind: HashTypes) -> u32 {
+    let kind = match kind {
+        HashTypes::TCP_V4 => oid::HASH_TCP_IPV4,
+        HashTypes::UDP_V4 => oid::HASH_UDP_IPV4,
+        HashTypes::IPV6 => oid::HASH_IPV6,
+        HashTypes::TCP_V6 => oid::HASH_TCP_IPV6,
+        HashTypes::UDP_V6 => oid::HASH_UDP_IPV6,
+        _ => oid::HASH_IPV4,
     };
     oid::HASH_TOEPLITZ | kind
 }

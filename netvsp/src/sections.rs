@@ -10,9 +10,14 @@
 //! to see, and the ring's write position from before is kept beside it, so that the successor knows which of the two
 //! moments its predecessor died at.
 //!
-//! Cost per section: one pop, two stores to take it; one load, two stores, one push to give it back.
+//! A source ends a *round* with two stores that cannot be one: the write index that shows the guest its completions, and
+//! the read index that gives it its packets' room back. So the journal is told first where the one stands and where the
+//! other will, and which sections the round's packets give back. The successor finds a write index that has moved on: then
+//! the round is over, and the read index follows. Nothing of it lies where the guest can write, but for the indices.
+//!
+//! Cost per section: one pop, two stores to take it; one load, three stores, one push to give it back. Per round: two stores.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmq::memory::GuestMemory;
@@ -23,7 +28,8 @@ pub(crate) const MAX_SECTIONS: u32 = 128 * 1024;
 /// Most channels of an adapter: what the journal has room for.
 pub(crate) const MAX_CHANNELS: u16 = 64;
 
-/// Sections that only control messages may take: without them a flood of frames could keep a reply from the guest.
+/// Sections that only control messages may take: without them a flood of frames could keep a reply from the guest. Half
+/// of them all, if there are few.
 pub(crate) const RESERVE: usize = 16;
 
 /// Most sections in one packet (netvsp.md §9).
@@ -32,14 +38,19 @@ pub(crate) const MAX_CHAIN: usize = 375;
 const BUSY: u32 = 1 << 31;
 const FIRST: u32 = 1 << 30;
 const UNPUBLISHED: u32 = 1 << 29;
+/// The round that is recorded gives the chain back. Only in the journal.
+const RETURNED: u32 = 1 << 28;
 const CHANNEL_SHIFT: u32 = 20;
 const CHANNEL_MASK: u32 = 0x7f;
 const NEXT_MASK: u32 = (1 << CHANNEL_SHIFT) - 1;
 /// No section follows.
 const LAST: u32 = NEXT_MASK;
 
-/// Bytes of the journal: a position per channel, a word per section.
-pub(crate) const JOURNAL_BYTES: u64 = 4 * (MAX_CHANNELS as u64 + MAX_SECTIONS as u64);
+/// A round is recorded. Indices are multiples of 8.
+const ROUND: u32 = 1;
+
+/// Bytes of the journal: a position per channel, a word per section, a round per channel.
+pub(crate) const JOURNAL_BYTES: u64 = 4 * (2 * MAX_CHANNELS as u64 + MAX_SECTIONS as u64);
 
 /// A completion that names no packet of the channel that the guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +60,15 @@ pub struct NotOutstanding {
     pub transaction: u64,
     /// The channel it came on.
     pub channel: u16,
+}
+
+/// Where a channel's rings stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ends {
+    /// The write index of the ring to the guest.
+    pub(crate) write: u32,
+    /// The read index of the ring from the guest.
+    pub(crate) read: u32,
 }
 
 /// Memory that outlives the process, [`JOURNAL_BYTES`] of it.
@@ -92,6 +112,39 @@ impl Journal {
     fn position(&self, channel: u16) -> u32 {
         self.read(u64::from(channel % MAX_CHANNELS))
     }
+
+    fn set_round(&self, channel: u16, round: u32) {
+        self.write(
+            u64::from(MAX_CHANNELS) + u64::from(MAX_SECTIONS) + u64::from(channel % MAX_CHANNELS),
+            round,
+        );
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    fn round(&self, channel: u16) -> Option<u32> {
+        let round = u64::from(MAX_CHANNELS) + u64::from(MAX_SECTIONS) + u64::from(channel % MAX_CHANNELS);
+        let word = self.read(round);
+        (word & ROUND != 0).then_some(word & !ROUND)
+    }
+
+    /// Once channel `channel`'s ring to the guest goes on from `ends.write`, all up to `ends.read` of the other is taken.
+    pub(crate) fn begin_round(&self, channel: u16, ends: Ends) {
+        // In this order: the last round's index is where the ring stands already.
+        self.set_position(channel, ends.write);
+        compiler_fence(Ordering::SeqCst);
+        self.set_round(channel, ends.read | ROUND);
+    }
+
+    /// The channel is new, or what its last round has done is known.
+    pub(crate) fn forget_round(&self, channel: u16) {
+        self.set_round(channel, 0);
+    }
+
+    /// Up to where the last round of `channel`, whose ring to the guest ends at `write`, has taken the other: `None` if
+    /// the guest has seen nothing of that round.
+    pub(crate) fn ended_round(&self, channel: u16, write: u32) -> Option<u32> {
+        self.round(channel).filter(|_| self.position(channel) != write)
+    }
 }
 
 /// The sections of one receive buffer.
@@ -103,6 +156,9 @@ pub(crate) struct Sections {
     journal: Journal,
     /// Free sections that a channel keeps at most.
     stock: usize,
+    /// What the pool keeps for control messages, and whether it may have less: what comes back goes there first then.
+    reserve: usize,
+    low: AtomicBool,
 }
 
 /// Free sections at hand.
@@ -117,29 +173,43 @@ impl Sections {
     pub(crate) fn new(count: u32, journal: Journal) -> Self {
         let count = count.min(MAX_SECTIONS);
         (0..count).for_each(|section| journal.set(section, 0));
-        let words = (0..count).map(|_| AtomicU32::new(0)).collect();
-        Self { words, free: Mutex::new((0..count).rev().collect()), journal, stock: stock(count) }
+        let sections = Self::busy(count, journal);
+        *sections.pool() = (0..count).rev().collect();
+        sections
     }
 
-    /// `count` sections as the journal says. `position` tells where a channel's ring to the guest ends.
+    /// Sections of which none is free.
+    fn busy(count: u32, journal: Journal) -> Self {
+        let all = count as usize;
+        Self {
+            words: (0..count).map(|_| AtomicU32::new(0)).collect(),
+            free: Mutex::default(),
+            journal,
+            // So few that idle channels leave most of them to the others.
+            stock: (all / 128).min(128),
+            reserve: RESERVE.min(all / 2),
+            low: AtomicBool::new(true),
+        }
+    }
+
+    /// `count` sections as the journal says. `ends` tells where a channel's rings stand, if there is the channel.
     ///
     /// What the journal says is only believed as far as it makes chains: a section in no chain, or in two, is free.
-    pub(crate) fn restore(count: u32, journal: Journal, position: impl Fn(u16) -> Option<u32>) -> Self {
-        let sections = Self {
-            words: (0..count.min(MAX_SECTIONS)).map(|_| AtomicU32::new(0)).collect(),
-            free: Mutex::default(),
-            stock: stock(count),
-            journal,
-        };
+    pub(crate) fn restore(count: u32, journal: Journal, ends: impl Fn(u16) -> Option<Ends>) -> Self {
+        let sections = Self::busy(count.min(MAX_SECTIONS), journal);
         let kept: Vec<u32> = (0..sections.count()).map(|section| sections.journal.get(section)).collect();
         for (first, &head) in (0..).zip(&kept) {
             if head & (BUSY | FIRST) != BUSY | FIRST {
                 continue;
             }
             let channel = u16::try_from(head >> CHANNEL_SHIFT & CHANNEL_MASK).unwrap_or(0);
+            let ends = ends(channel);
             let never_seen = head & UNPUBLISHED != 0
-                && position(channel).is_none_or(|end| end == sections.journal.position(channel));
-            if !never_seen {
+                && ends.is_none_or(|ends| ends.write == sections.journal.position(channel));
+            // Its completion will not be read again.
+            let given_back = head & RETURNED != 0
+                && ends.is_none_or(|ends| sections.journal.round(channel) == Some(ends.read));
+            if !never_seen && !given_back {
                 sections.adopt(first, channel, &kept);
             }
         }
@@ -185,11 +255,6 @@ impl Sections {
         self.words.iter().all(|word| word.load(Ordering::Relaxed) == 0)
     }
 
-    /// What is kept outside the process.
-    pub(crate) fn journal(&self) -> &Journal {
-        &self.journal
-    }
-
     fn pool(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -207,21 +272,24 @@ impl Sections {
     /// Sees to it that `stock` has `wanted` sections. False if there are not so many.
     #[inline]
     pub(crate) fn fill(&self, stock: &mut Stock, wanted: usize) -> bool {
-        stock.len() >= wanted || self.refill(stock, wanted, RESERVE)
+        stock.len() >= wanted || self.refill(stock, wanted, false)
     }
 
     /// As [`Sections::fill`], for control messages.
     pub(crate) fn fill_reserved(&self, stock: &mut Stock, wanted: usize) -> bool {
-        stock.len() >= wanted || self.refill(stock, wanted, 0)
+        stock.len() >= wanted || self.refill(stock, wanted, true)
     }
 
     #[cold]
-    fn refill(&self, stock: &mut Stock, wanted: usize, keep: usize) -> bool {
+    fn refill(&self, stock: &mut Stock, wanted: usize, control: bool) -> bool {
         let mut pool = self.pool();
+        // Frames use what is in stock, so that nothing of the reserve comes there for later.
+        let (keep, more) = if control { (0, 0) } else { (self.reserve, self.stock / 2) };
         let spare = pool.len().saturating_sub(keep);
-        let count = (wanted - stock.len() + self.stock / 2).min(spare);
+        let count = (wanted - stock.len() + more).min(spare);
         let at = pool.len() - count;
         stock.extend(pool.drain(at..));
+        self.low.store(pool.len() < self.reserve, Ordering::Relaxed);
         stock.len() >= wanted
     }
 
@@ -286,16 +354,30 @@ impl Sections {
         Ok(())
     }
 
+    /// The round that is recorded gives the sections of `back` back.
+    pub(crate) fn returned(&self, back: &[u32]) {
+        for &section in back {
+            let word = self.journal.get(section);
+            if word & FIRST != 0 {
+                self.journal.set(section, word | RETURNED);
+            }
+        }
+    }
+
     /// The sections of `back` are free: the guest's completion is not going to be read again.
     pub(crate) fn release(&self, back: &mut Vec<u32>, stock: &mut Stock) {
         for &section in &*back {
             self.journal.set(section, 0);
         }
         stock.append(back);
-        if stock.len() > self.stock {
+        let full = stock.len() > self.stock;
+        if full || self.low.load(Ordering::Relaxed) {
+            let mut pool = self.pool();
+            let lacking = self.reserve.saturating_sub(pool.len()).min(stock.len());
             // The oldest go: the others are in the caches.
-            let count = stock.len() - self.stock / 2;
-            self.pool().extend(stock.drain(..count));
+            let count = if full { lacking.max(stock.len() - self.stock / 2) } else { lacking };
+            pool.extend(stock.drain(..count));
+            self.low.store(pool.len() < self.reserve, Ordering::Relaxed);
         }
     }
 
@@ -319,11 +401,6 @@ impl Sections {
     pub(crate) fn pooled(&self) -> usize {
         self.pool().len()
     }
-}
-
-/// Sections that a channel keeps of `count`.
-fn stock(count: u32) -> usize {
-    (count as usize / 128).clamp(8, 128)
 }
 
 #[cfg(test)]
@@ -391,6 +468,42 @@ mod tests {
     }
 
     #[test]
+    fn few_sections_serve_frames_and_answers() {
+        for count in 2..=16 {
+            let sections = Sections::new(count, journal());
+            let (mut one, mut two) = (Vec::new(), Vec::new());
+            assert!(sections.fill(&mut one, 1) && sections.fill_reserved(&mut two, 1), "{count}");
+        }
+    }
+
+    #[test]
+    fn idle_channels_leave_sections_to_the_others() {
+        let sections = Sections::new(200, journal());
+        for channel in 0..64 {
+            let (mut stock, mut back) = (Vec::new(), Vec::new());
+            let chain = take(&sections, &mut stock, channel, 20);
+            sections.finish(channel, chain[0].into(), &mut back).unwrap();
+            sections.release(&mut back, &mut stock);
+        }
+        assert!(sections.pooled() >= 200 - 64);
+    }
+
+    #[test]
+    fn reserve_is_whole_again_after_any_number_of_answers() {
+        let sections = Sections::new(4096, journal());
+        let (mut stock, mut all) = (Vec::new(), Vec::new());
+        assert!(sections.fill(&mut all, 4096 - RESERVE));
+        for _ in 0..2 * RESERVE {
+            assert!(sections.fill_reserved(&mut stock, 1));
+            assert_eq!(stock.len(), 1, "frames could take what is more");
+            let section = stock.pop().unwrap();
+            assert!(!sections.fill(&mut stock, 1));
+            sections.release(&mut vec![section], &mut stock);
+        }
+        assert_eq!((stock.len(), sections.pooled()), (0, RESERVE));
+    }
+
+    #[test]
     fn successor_knows_what_the_guest_has() {
         let journal = journal();
         let sections = Sections::new(100, journal.clone());
@@ -402,7 +515,7 @@ mod tests {
         let other = take(&sections, &mut stock, 2, 1);
         drop(sections);
 
-        let ends = |channel| Some(if channel == 1 { 800 } else { 64 });
+        let ends = |channel| Some(Ends { write: if channel == 1 { 800 } else { 64 }, read: 0 });
         let successor = Sections::restore(100, journal.clone(), ends);
         let mut back = Vec::new();
         assert!(successor.finish(1, u64::from(unseen[0]), &mut back).is_err());
@@ -422,7 +535,7 @@ mod tests {
             let next = if section % 3 == 0 { random % 600 } else { LAST };
             journal.set(section, random & (BUSY | FIRST | UNPUBLISHED) | next);
         }
-        let sections = Sections::restore(500, journal, |_| Some(0));
+        let sections = Sections::restore(500, journal, |_| Some(Ends { write: 0, read: 0 }));
         let mut back = Vec::new();
         for transaction in 0..600 {
             let _ = sections.finish(0, transaction, &mut back);

@@ -307,6 +307,7 @@ impl Session {
                 {
                     tracing::warn!(device, index, %error, "interrupt not moved");
                 }
+                self.answer(FromSwitch::Retargeted { device, index });
             }
             FromVmm::Quiesce { device } => {
                 if let Some((_, nic)) = self.nics().get(&device) {

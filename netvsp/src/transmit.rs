@@ -204,11 +204,6 @@ fn add<'m>(
     };
     if !pushed {
         tally.drop(DropReason::Malformed);
-        return Ok(());
-    }
-    if let Some(frame) = burst.frames_mut().last_mut() {
-        frame.hash = packet.hash;
-        tally.moved(frame.len);
     }
     Ok(())
 }

@@ -16,6 +16,7 @@
 //! | [`testpmd`] | DPDK's packet generator over virtio-user, or as a switch |
 //! | [`ovs`] | a private OVS-DPDK |
 //! | [`iperf`], [`ping`], [`transfer`] | throughput, round trips and compared bytes between two stations |
+//! | [`offload`] | a station's card by `ethtool` |
 //! | [`player`], [`witness`], [`numbered`] | guests played in this process; frames compared byte for byte |
 //! | [`yardd`], [`case`] | the daemon and its command line; the frame of a whole-system test |
 //! | [`capture`], [`packets`] | tcpdump, tcpreplay, tshark, capinfos |
@@ -35,6 +36,7 @@ pub mod nested;
 pub mod netns;
 pub mod nic;
 pub mod numbered;
+pub mod offload;
 pub mod orders;
 pub mod ovs;
 pub mod package;

@@ -47,13 +47,14 @@ fn is_ethernet(file: &Path) -> bool {
 }
 
 /// Whether the switch forwards such a frame at all: it was captured whole, has a header and the source of a station,
-/// and no port's MTU forbids it.
+/// no port's MTU forbids it, and it is not one that bridges keep to themselves.
 fn is_forwarded(packet: &Packet) -> bool {
     let data = &packet.data;
     let tagged = data.get(12..14) == Some(&[0x81, 0]);
     let longest = LONGEST + if tagged { 4 } else { 0 };
     let shortest = if tagged { 18 } else { 14 };
-    is_whole(packet) && (shortest..=longest).contains(&data.len()) && data[6] & 1 == 0
+    let relayed = !matches!(data[..], [0x01, 0x80, 0xc2, 0, 0, 0..=0x0f, ..]);
+    is_whole(packet) && relayed && (shortest..=longest).contains(&data.len()) && data[6] & 1 == 0
 }
 
 /// Whether the frame was captured to its end.
@@ -193,7 +194,7 @@ fn frames_of_tcpreplay_come_out_of_tap_and_file() -> Result<()> {
         let config = format!(
             "[switch.one]\ntype = \"private\"\n\
              [switch.one.port.in]\nmtu = 9000\ntap = {{ name = {:?} }}\n\
-             [switch.one.port.out]\nmtu = 9000\ntap = {{ name = {:?} }}\n{pinned}\
+             [switch.one.port.out]\nmtu = 9000\ncoalesce = false\ntap = {{ name = {:?} }}\n{pinned}\
              [switch.two]\ntype = \"private\"\n\
              [switch.two.port.in]\nmtu = 9000\ntap = {{ name = {:?} }}\n\
              [switch.two.port.out]\nmtu = 9000\npcap = {{ write = {out:?} }}\n{pinned}",

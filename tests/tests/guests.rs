@@ -12,6 +12,7 @@ use switchyard_tests::iperf::{Load, iperf};
 use switchyard_tests::lab::Lab;
 use switchyard_tests::netns::Netns;
 use switchyard_tests::nic::{Nic, Role};
+use switchyard_tests::offload;
 use switchyard_tests::ping::{Ping, ping};
 use switchyard_tests::setup::Need;
 use switchyard_tests::station::Station;
@@ -34,6 +35,8 @@ struct Scene {
     alpha: Guest,
     beta: Guest,
     gamma: Netns,
+    /// Gamma's device.
+    tap: String,
 }
 
 impl Scene {
@@ -62,7 +65,7 @@ impl Scene {
         let mut alpha = Guest::boot(lab, &spec("alpha", Role::Client, "02:00:00:00:09:01", false))?;
         let mut beta = Guest::boot(lab, &spec("beta", Role::Server, "02:00:00:00:09:02", packed))?;
         let gamma = Netns::new(lab, "gamma")?;
-        gamma.plug(&tap, &format!("{GAMMA}/24"), Some(9000))?;
+        plug(&gamma, &tap)?;
         for (guest, address) in [(&mut alpha, ALPHA), (&mut beta, BETA)] {
             guest.wait_ready(BOOT)?;
             guest.configure("eth0", &format!("{address}/24"))?;
@@ -70,8 +73,12 @@ impl Scene {
         for port in ["alpha", "beta"] {
             yardd.wait_for_port("lab", port, "up")?;
         }
-        Ok(Self { yardd, alpha, beta, gamma })
+        Ok(Self { yardd, alpha, beta, gamma, tap })
     }
+}
+
+fn plug(gamma: &Netns, tap: &str) -> Result<()> {
+    gamma.plug(tap, &format!("{GAMMA}/24"), Some(9000))
 }
 
 fn answered(from: &dyn Station, address: &str, what: Ping) -> Result<()> {
@@ -110,16 +117,9 @@ fn guests_exchange_bytes_with_every_offload_off_and_on() -> Result<()> {
             );
         }
 
-        let mut changed = 0;
-        for offload in ["tx", "sg", "tso", "gso", "gro", "rx", "lro", "rx-gro-hw", "tx-udp-segmentation"] {
-            for setting in ["off", "on"] {
-                let line = format!("ethtool -K eth0 {offload} {setting}");
-                changed += u32::from(alpha.run(&line, LIMIT)?.status == 0);
-                transfer(alpha, beta, BETA, FEW).with_context(|| line.clone())?;
-                transfer(beta, alpha, ALPHA, FEW).with_context(|| line.clone())?;
-            }
+        for (guest, other, address) in [(alpha, beta, BETA), (beta, alpha, ALPHA)] {
+            offload::each_off_and_on(guest, "eth0", || transfer(guest, other, address, FEW))?;
         }
-        ensure!(changed >= 8, "only {changed} settings of offloads could be made");
 
         // Jumbo frames with everything, then the usual size at one end.
         alpha.check("ip link set eth0 mtu 1500", LIMIT)?;
@@ -150,19 +150,20 @@ fn guests_exchange_bytes_with_every_offload_off_and_on() -> Result<()> {
 fn guests_carry_on_after_the_daemon_was_killed() -> Result<()> {
     case::shared("guests_carry_on_after_the_daemon_was_killed", NEEDS, |lab| {
         // QEMU forgets where a packed ring stood when its switch dies.
-        let Scene { mut yardd, mut alpha, beta, gamma: _gamma } = Scene::boot(lab, false)?;
+        let Scene { mut yardd, mut alpha, beta, gamma, tap } = Scene::boot(lab, false)?;
         answered(&alpha, BETA, Ping::default())?;
         for round in 0..3 {
             // Connections that are open across the crash, both ways.
             let there = Transfer::start(&alpha, &beta, BETA, 10 * MANY)?;
+            let back = Transfer::start(&beta, &alpha, ALPHA, 10 * MANY)?;
             std::thread::sleep(Duration::from_millis(1000 + 300 * round));
             yardd = yardd.crash_and_restart()?;
             for port in ["alpha", "beta"] {
                 yardd.wait_for_port("lab", port, "up").with_context(|| format!("round {round}"))?;
             }
             answered(&beta, ALPHA, Ping::default()).with_context(|| format!("round {round}"))?;
-            there.finish().with_context(|| format!("round {round}"))?;
-            transfer(&beta, &alpha, ALPHA, MANY)?;
+            there.finish().with_context(|| format!("there, round {round}"))?;
+            back.finish().with_context(|| format!("back, round {round}"))?;
         }
 
         // And a guest that dies under load is waited for again, while its peer goes on.
@@ -172,6 +173,10 @@ fn guests_carry_on_after_the_daemon_was_killed() -> Result<()> {
         yardd.wait_for_port("lab", "alpha", "waiting")?;
         drop(lost);
         ensure!(yardd.port("lab", "beta")?["state"] == "up", "the other guest's port stopped");
+        // The daemon has made the device anew, outside of the namespace.
+        plug(&gamma, &tap)?;
+        transfer(&beta, &gamma, GAMMA, MANY)?;
+        transfer(&gamma, &beta, BETA, MANY)?;
         yardd.process().expect_running()
     })
 }

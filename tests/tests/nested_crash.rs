@@ -35,7 +35,8 @@ fn reaches(from: &Guest, address: &str) -> Result<()> {
 #[test]
 fn guests_outlive_a_killed_daemon_and_a_killed_worker_comes_back() -> Result<()> {
     let name = "guests_outlive_a_killed_daemon_and_a_killed_worker_comes_back";
-    let vms = [vm("a", 1, 2), vm("b", 2, 1), vm("c", 3, 1)];
+    let mut vms = [vm("a", 1, 2), vm("b", 2, 1), vm("c", 3, 1)];
+    vms[2].settings += "\ncpu.pin = [1]";
     let config = vms.iter().fold(CONFIG.to_owned(), |config, vm| config + &vm.config());
     scene(name, &config, |host, yardd, steps| {
         let mut guests = Vec::new();
@@ -48,6 +49,14 @@ fn guests_outlive_a_killed_daemon_and_a_killed_worker_comes_back() -> Result<()>
         for number in [2, 3] {
             reaches(a, &address(number))?;
         }
+        steps.step("every worker is a user of its own", || own_users(host, &yardd));
+        steps.step("a pinned processor runs where it is pinned", || {
+            let tasks = format!("/proc/{}/task", yardd.worker("c")?);
+            let find = format!("grep -l -x vcpu0 {tasks}/*/comm | sed s/comm$/status/");
+            let allowed = host.check(&format!("{find} | xargs grep -h Cpus_allowed_list:"), LIMIT)?;
+            ensure!(allowed.trim() == "Cpus_allowed_list:\t1", "{allowed:?}");
+            Ok(())
+        });
         let mut daemon = Some(yardd);
         steps.step("kill -9 of yardd under load", || daemon_dies(host, &mut daemon, a, b));
         let mut yardd = match daemon {
@@ -60,6 +69,21 @@ fn guests_outlive_a_killed_daemon_and_a_killed_worker_comes_back() -> Result<()>
         steps.step("kill -9 of a worker without a daemon", || orphan_dies(host, yardd, a, b));
         Ok(())
     })
+}
+
+/// Each worker runs as the user that `yard` tells, and no two as the same.
+fn own_users(host: &Host, yardd: &Yardd) -> Result<()> {
+    let mut users = Vec::new();
+    for vm in ["a", "b", "c"] {
+        let user = yardd.vm(vm)?["user"].as_u64().context("no user")?;
+        let status = format!("/proc/{}/status", yardd.worker(vm)?);
+        // Four of each: real, effective, saved, of files.
+        let same = format!("grep -c -x '[UG]id:\t{user}\t{user}\t{user}\t{user}' {status}");
+        ensure!(host.check(&same, LIMIT)?.trim() == "2", "{vm} is another user than {user}");
+        ensure!(!users.contains(&user), "{user} twice");
+        users.push(user);
+    }
+    Ok(())
 }
 
 /// The daemon dies and comes back while two guests talk: their connections go on, and nothing is lost.

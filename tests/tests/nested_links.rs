@@ -66,6 +66,23 @@ fn links_and_addresses_are_as_the_operator_wants_them() -> Result<()> {
             ensure!(cpus.trim() == "0-1", "{cpus}");
             Ok(())
         });
+        steps.step("the kernel takes shares of the processors that change while it runs", || {
+            for (options, expected) in [
+                ("--cpu-weight 300 --cpu-limit 50", "300 50000 100000"),
+                ("--cpu-limit 100 --cpu-reserve 80", "4000 max 100000"),
+                ("--cpu-reserve 0 --cpu-weight 100", "100 max 100000"),
+            ] {
+                yardd.yard(&format!("vm set a {options}"))?;
+                let found = host.check("cd /sys/fs/cgroup/switchyard/a; cat cpu.weight cpu.max", LIMIT)?;
+                let found: Vec<_> = found.split_whitespace().collect();
+                ensure!(found.join(" ") == expected, "{options}: {found:?}");
+            }
+            Ok(())
+        });
+        steps.step("an emulated adapter outlives a restart of its port", || {
+            yardd.yard("port restart lab/a.eth1")?;
+            answers(&far, AT_OLD)
+        });
         steps.step("another address is refused while it runs", || {
             let refused = set(&yardd, &format!("eth0 --mac {OTHER}")).err().context("it is taken")?;
             ensure!(format!("{refused:#}").contains("is running, expected off"), "{refused:#}");
@@ -94,6 +111,7 @@ fn links_and_addresses_are_as_the_operator_wants_them() -> Result<()> {
         });
         steps.step("another address is there at the next start", || {
             yardd.yard("vm stop a")?;
+            host.check("! test -e /sys/fs/cgroup/switchyard/a", LIMIT)?;
             set(&yardd, &format!("eth0 --mac {OTHER}"))?;
             let mut guest = yardd.start_vm("a")?;
             guest.wait_ready(BOOT)?;

@@ -43,6 +43,8 @@ fn debian_guest_is_served_and_told_by_integration_services() -> Result<()> {
         let mut guest = yardd.start_vm("a")?;
         println!("guest: {:.1} s", guest.wait_ready(BOOT)?.as_secs_f64());
         steps.step("heartbeat and services in use", || heartbeat(&yardd));
+        steps.step("synthetic timer", || timer(&guest));
+        steps.step("memory of nobody else", || own_memory(&yardd, &guest));
         steps.step("KVP: the guest tells of itself", || guest_tells(&yardd, &guest));
         steps.step("KVP: the guest is told", || guest_is_told(&yardd, &guest));
         steps.step("VSS: freeze and thaw", || freeze(&yardd, &guest));
@@ -138,18 +140,55 @@ fn clock_is_set(host: &Host, yardd: &Yardd, guest: &Guest) -> Result<()> {
     wait_for_the_time(host, guest)
 }
 
+/// What interrupts the guest when its time has come is the hypervisor's timer, not an emulated one.
+fn timer(guest: &Guest) -> Result<()> {
+    let count = || -> Result<u64> {
+        let text = guest.check("grep HVS: /proc/interrupts", LIMIT)?;
+        Ok(text.split_whitespace().filter_map(|word| word.parse::<u64>().ok()).sum())
+    };
+    let before = count()?;
+    wait_for("synthetic timer's interrupts", LIMIT, || Ok(count()? > before))
+}
+
+/// A worker maps the memory of its own guest only.
+fn own_memory(yardd: &Yardd, guest: &Guest) -> Result<()> {
+    let line = format!("grep -o 'memfd:[^ ]*' /proc/{}/maps | sort -u", yardd.worker("a")?);
+    let mapped = guest.host().check(&line, LIMIT)?;
+    ensure!(mapped.trim() == "memfd:a", "{mapped}");
+    Ok(())
+}
+
+/// Seconds that a machine has run, by its own clock.
+fn uptime(station: &dyn Station) -> Result<f64> {
+    let text = station.check("cut -d ' ' -f 1 /proc/uptime", LIMIT)?;
+    text.trim().parse().with_context(|| format!("not a time: {text}"))
+}
+
+/// The least time that a guest is paused for, and how far its clock and the host's may differ meanwhile, in seconds.
+const PAUSED: f64 = 6.0;
+const SKEW: f64 = 1.0;
+
 fn pause(host: &Host, yardd: &Yardd, guest: &Guest, far: &Namespace) -> Result<()> {
     let answers = || Ok(ping(far, GUEST, Ping { count: 1, ..Ping::default() })?.received == 1);
     wait_for("the guest's network", LIMIT, answers)?;
     forget_the_time(guest)?;
     let count = "n=0; while :; do n=$((n+1)); echo $n > /run/counted; sleep 0.01; done";
     let _counter = guest.spawn(count)?;
+    let (start, early) = (uptime(host)?, uptime(guest)?);
     yardd.yard("vm pause a")?;
     yardd.wait_for_vm_state("a", "paused")?;
+    let stopped = uptime(host)?;
     let report = ping(far, GUEST, Ping::default())?;
     ensure!(report.received == 0, "a paused guest answered: {report:?}");
+    wait_for("the pause to have its length", LIMIT, || Ok(uptime(host)? - stopped >= PAUSED))?;
+    let paused = uptime(host)? - stopped;
     yardd.yard("vm resume a")?;
     yardd.wait_for_vm_state("a", "running")?;
+    let (passed, ran) = (uptime(guest)? - early, uptime(host)? - start - paused);
+    println!(
+        "         paused for {paused:.1} s; {passed:.1} s passed in the guest, {ran:.1} s outside of the pause"
+    );
+    ensure!(passed > 0.0 && passed < ran + SKEW, "{passed} s passed in a guest that ran for {ran} s");
     wait_for("the guest's network", LIMIT, answers)?;
     let counted = || guest.check("cat /run/counted", LIMIT);
     let before = counted()?;

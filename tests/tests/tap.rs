@@ -12,6 +12,7 @@ use switchyard_tests::iperf::{Load, iperf};
 use switchyard_tests::lab::Lab;
 use switchyard_tests::netns::Netns;
 use switchyard_tests::numbered;
+use switchyard_tests::offload;
 use switchyard_tests::packets::{self, packets};
 use switchyard_tests::ping::{Ping, ping};
 use switchyard_tests::player::{Player, PlayerSpec};
@@ -77,13 +78,7 @@ fn namespaces_talk_over_tap() -> Result<()> {
         ensure!(report.sent_packets > 500 && report.lost_packets * 100 <= report.sent_packets, "{report:?}");
 
         // Each offload off and on at one end, bytes compared each time.
-        for offload in ["tx", "tso", "sg", "gso", "gro", "rx"] {
-            for setting in ["off", "on"] {
-                let line = format!("ethtool -K {red} {offload} {setting} 2>&1");
-                let answer = a.run(&line, LIMIT)?;
-                transfer(&a, &b, "10.7.0.2", MANY).with_context(|| format!("{line}: {}", answer.stdout))?;
-            }
-        }
+        offload::each_off_and_on(&a, &red, || transfer(&a, &b, "10.7.0.2", MANY))?;
         a.ip(&format!("link set {red} mtu 1500"))?;
         transfer(&b, &a, "10.7.0.1", MANY).context("with an MTU of 1500 at one end")?;
         ensure!(yardd.process().is_running(), "the daemon ended");

@@ -128,8 +128,8 @@ impl Interrupt {
         Self { memory: Arc::clone(memory), line: Arc::default() }
     }
 
-    /// Sends interrupts to `target` from now on. One that is being sent meanwhile goes to the old target, where the guest
-    /// still takes it.
+    /// Sends interrupts to `target` from now on, and one at once: one that is being sent meanwhile goes to the old target,
+    /// where nobody may listen any more. What it is about was visible before it was sent, so that the guest finds it.
     ///
     /// # Errors
     /// The target makes no sense; the old one stays.
@@ -147,7 +147,9 @@ impl Interrupt {
         }
         let gpa = flags_gpa.checked_add(u64::from(flag / 32) * 4);
         let flags = gpa.and_then(|gpa| self.memory.word(gpa)).ok_or(InterruptError::NotMemory(flags_gpa))?;
-        self.line.store(Some(Arc::new(Line { flags, bit: 1 << (flag % 32), eventfd })));
+        if self.line.swap(Some(Arc::new(Line { flags, bit: 1 << (flag % 32), eventfd }))).is_some() {
+            self.signal_again();
+        }
         Ok(())
     }
 
@@ -225,6 +227,9 @@ mod tests {
         let interrupt = Interrupt::new(&memory, first).unwrap();
         let clone = interrupt.clone();
         interrupt.retarget(second).unwrap();
+        // What was sent to the first at the same moment may be lost there.
+        assert!(second_eventfd.clear());
+        memory.word(0x400).unwrap().store(0, Ordering::Release);
         assert!(clone.signal());
         assert!(!first_eventfd.clear() && second_eventfd.clear());
         assert_eq!(memory.word(0x200).unwrap().load(Ordering::Acquire), 0);

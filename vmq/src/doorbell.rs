@@ -11,7 +11,7 @@ mod watch;
 #[derive(Debug)]
 pub struct Doorbell {
     fd: OwnedFd,
-    /// It made a write wait once, and is not written any more.
+    /// See [`Doorbell::is_broken`].
     broken: AtomicBool,
 }
 
@@ -19,6 +19,13 @@ pub struct Doorbell {
 #[derive(Debug, thiserror::Error)]
 #[error("the descriptor passed as a doorbell is {0}, not an eventfd")]
 pub struct NotADoorbell(String);
+
+impl NotADoorbell {
+    /// What it is.
+    pub fn kind(&self) -> &str {
+        &self.0
+    }
+}
 
 impl Doorbell {
     /// A new eventfd.
@@ -35,32 +42,44 @@ impl Doorbell {
     /// # Errors
     /// [`NotADoorbell`] says what it is instead.
     pub fn from_peer(fd: OwnedFd) -> Result<Self, NotADoorbell> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        let kind = link.map_or_else(|error| error.to_string(), |path| path.display().to_string());
-        if !kind.starts_with("anon_inode:[eventfd") {
-            return Err(NotADoorbell(kind));
-        }
+        Self::check(fd.as_fd())?;
         // A full counter must not make us wait either. The peer can undo this; then the watch helps.
         let _ = rustix::io::ioctl_fionbio(&fd, true);
         watch::start();
         Ok(fd.into())
     }
 
+    /// Looks whether a descriptor is an eventfd.
+    ///
+    /// # Errors
+    /// [`NotADoorbell`] says what it is instead.
+    pub fn check(fd: BorrowedFd<'_>) -> Result<(), NotADoorbell> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let kind = link.map_or_else(|error| error.to_string(), |path| path.display().to_string());
+        if kind.starts_with("anon_inode:[eventfd") { Ok(()) } else { Err(NotADoorbell(kind)) }
+    }
+
     /// Rings. A counter that is full already rings as well, so nothing is lost if the write fails.
     ///
-    /// A guest that clears `O_NONBLOCK` on its copy and fills the counter makes this wait for at most two rounds of the
-    /// [`watch`]; from then on its doorbell is dead.
+    /// A guest that clears `O_NONBLOCK` on its copy and fills the counter makes this wait for two rounds of the [`watch`];
+    /// from then on its doorbell is dead ([`Doorbell::is_broken`]).
     #[inline]
     pub fn ring(&self) {
         if self.broken.load(Ordering::Relaxed) {
             return;
         }
-        let waited = watch::during(&self.fd, || {
-            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
-        });
-        if waited {
+        let written = watch::during(|| rustix::io::write(&self.fd, &1u64.to_ne_bytes()));
+        // Only a write that waits is ever interrupted.
+        if written == Err(rustix::io::Errno::INTR) {
             self.broken.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// True if it made a ring wait. It is not rung any more, and whoever sent it should send no other: each costs its ringer
+    /// two rounds of the watch.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
     }
 
     /// Takes the counter back to 0; true if it had been rung.
@@ -100,7 +119,7 @@ mod tests {
         rustix::io::ioctl_fionbio(&theirs, false).unwrap();
         rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         ours.ring();
-        assert!(ours.broken.load(Ordering::Relaxed));
+        assert!(ours.is_broken());
         rustix::io::read(&theirs, &mut [0u8; 8]).unwrap();
         ours.ring();
         let mut fds = [rustix::event::PollFd::new(&theirs, rustix::event::PollFlags::IN)];
@@ -109,15 +128,35 @@ mod tests {
     }
 
     #[test]
+    fn ring_comes_back_from_a_doorbell_that_the_peer_fills_again_whenever_it_has_room() {
+        let theirs = eventfd(0, EventfdFlags::empty()).unwrap();
+        let ours = Doorbell::from_peer(theirs.try_clone().unwrap()).unwrap();
+        rustix::io::ioctl_fionbio(&theirs, false).unwrap();
+        let fill = || rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        fill();
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..64).map(|_| scope.spawn(fill)).collect();
+            std::thread::sleep(watch::ROUND);
+            ours.ring();
+            assert!(ours.is_broken());
+            // One for each write.
+            for _ in 0..=writers.len() {
+                rustix::io::read(&theirs, &mut [0u8; 8]).unwrap();
+            }
+        });
+    }
+
+    #[test]
     fn ring_of_a_thread_that_waits_for_its_processor_is_heard_and_its_doorbell_lives() {
         let theirs = eventfd(0, EventfdFlags::empty()).unwrap();
         let ours = Doorbell::from_peer(theirs.try_clone().unwrap()).unwrap();
-        let helped = watch::during(&ours.fd, || {
-            rustix::io::write(&theirs, &1u64.to_ne_bytes()).unwrap();
+        let written = watch::during(|| {
+            let written = rustix::io::write(&theirs, &1u64.to_ne_bytes());
             // Taken off its processor before it comes back from the kernel, for some looks of the watch.
             std::thread::sleep(5 * watch::ROUND);
+            written
         });
-        assert!(!helped);
+        assert_eq!(written, Ok(8));
         assert!(ours.clear(), "the ring was swallowed");
     }
 

@@ -1,6 +1,6 @@
 //! VMQ filters: which of a port's queues receive the frames for a MAC address on a VLAN.
 //!
-//! A filter picks a [`QueueSet`]; within the set, [`crate::rss`] spreads the flows. Filters are few (one for each NIC behind
+//! A filter picks a [`QueueSet`], within which flows are spread by their hash. Filters are few (one for each NIC behind
 //! the port) and come from guests and operators, so the table is a sorted array: a look-up among the limit of 1024 is ten
 //! compares whatever addresses an attacker picks, and none when a port has no filter, the common case.
 
@@ -158,22 +158,10 @@ impl QueueSet {
         Ok(Self { queues: indices.into() })
     }
 
-    /// All of a port's `queues` queues.
-    ///
-    /// # Errors
-    /// [`FilterError::EmptySet`] if there is none.
-    pub fn all(queues: u16) -> Result<Self, FilterError> {
-        Self::new(&(0..queues).collect::<Vec<_>>(), queues)
-    }
-
-    /// The port's queue for the set's member `n` (an RSS table's entry), counted round if the set is smaller.
+    /// The queue for `hash`: one of the set.
     #[inline]
-    pub fn pick(&self, n: u16) -> u16 {
-        let n = usize::from(n);
-        match self.queues.get(n) {
-            Some(queue) => *queue,
-            None => self.queues.get(n % self.queues.len().max(1)).copied().unwrap_or(0),
-        }
+    pub fn pick(&self, hash: u32) -> u16 {
+        self.queues.get(hash as usize % self.queues.len().max(1)).copied().unwrap_or(0)
     }
 
     /// The queues' indices in order.
@@ -182,21 +170,15 @@ impl QueueSet {
     }
 }
 
-/// A port's filters, and the set for frames that none matches.
-#[derive(Debug, Clone)]
+/// A port's filters.
+#[derive(Debug, Clone, Default)]
 pub struct VmqFilter {
     /// Sorted by key: address, then VLAN.
     keys: Vec<u64>,
     sets: Vec<QueueSet>,
-    default: QueueSet,
 }
 
 impl VmqFilter {
-    /// No filter: every frame gets `default`.
-    pub fn new(default: QueueSet) -> Self {
-        Self { keys: Vec::new(), sets: Vec::new(), default }
-    }
-
     /// Sends the frames for `mac` on `vlan` (0: untagged) to `set`.
     ///
     /// # Errors
@@ -226,13 +208,10 @@ impl VmqFilter {
         Some(self.sets.remove(at))
     }
 
-    /// The queue set for frames to `dst` on `vlan` (0: untagged).
+    /// The queue set for frames to `dst` on `vlan` (0: untagged), if a filter matches.
     #[inline]
-    pub fn lookup(&self, dst: Mac, vlan: u16) -> &QueueSet {
-        match self.keys.binary_search(&key(dst, vlan)) {
-            Ok(at) => self.sets.get(at).unwrap_or(&self.default),
-            Err(_) => &self.default,
-        }
+    pub fn lookup(&self, dst: Mac, vlan: u16) -> Option<&QueueSet> {
+        self.sets.get(self.keys.binary_search(&key(dst, vlan)).ok()?)
     }
 
     /// How many filters there are.
@@ -310,19 +289,18 @@ mod tests {
     fn queue_set_is_ordered_unique_and_never_empty() {
         assert_eq!(QueueSet::new(&[3, 1, 3], 4).unwrap().queues(), [1, 3]);
         assert_eq!(QueueSet::new(&[], 4), Err(FilterError::EmptySet));
-        assert_eq!(QueueSet::all(0), Err(FilterError::EmptySet));
         assert_eq!(QueueSet::new(&[0, 4], 4), Err(FilterError::NoSuchQueue { queue: 4, queues: 4 }));
     }
 
     #[test]
-    fn pick_beyond_the_set_counts_round() {
+    fn hashes_pick_the_queues_of_a_set_in_turn() {
         let set = QueueSet::new(&[2, 5, 7], 8).unwrap();
-        assert_eq!([0, 1, 2, 3, 4, u16::MAX].map(|n| set.pick(n)), [2, 5, 7, 2, 5, 2]);
+        assert_eq!([0, 1, 2, 3, 4, u32::MAX].map(|hash| set.pick(hash)), [2, 5, 7, 2, 5, 2]);
     }
 
     #[test]
     fn wrong_filters_are_refused() {
-        let mut filter = VmqFilter::new(set(0));
+        let mut filter = VmqFilter::default();
         assert_eq!(filter.insert(Mac::BROADCAST, 0, set(1)), Err(FilterError::NotAStation(Mac::BROADCAST)));
         assert_eq!(filter.insert(Mac::ZERO, 0, set(1)), Err(FilterError::NotAStation(Mac::ZERO)));
         assert_eq!(filter.insert(MAC, 4095, set(1)), Err(FilterError::Vlan(4095)));
@@ -335,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn same_address_on_another_vlan_gets_the_default() {
-        let mut filter = VmqFilter::new(set(0));
+    fn same_address_on_another_vlan_matches_nothing() {
+        let mut filter = VmqFilter::default();
         filter.insert(MAC, 7, set(1)).unwrap();
-        assert_eq!(filter.lookup(MAC, 7), &set(1));
-        assert_eq!(filter.lookup(MAC, 0), &set(0));
+        assert_eq!(filter.lookup(MAC, 7), Some(&set(1)));
+        assert_eq!(filter.lookup(MAC, 0), None);
         assert_eq!(filter.remove(MAC, 7), Some(set(1)));
         assert_eq!(filter.remove(MAC, 7), None);
-        assert_eq!(filter.lookup(MAC, 7), &set(0));
+        assert_eq!(filter.lookup(MAC, 7), None);
     }
 
     proptest! {
@@ -350,7 +328,7 @@ mod tests {
         fn filters_behave_as_a_map(
             steps in proptest::collection::vec((any::<bool>(), 0u64..16, 0u16..3, 1u16..9), 0..100),
         ) {
-            let mut filter = VmqFilter::new(set(0));
+            let mut filter = VmqFilter::default();
             let mut model = HashMap::new();
             for (insert, mac, vlan, queue) in steps {
                 let mac = Mac::from_u48(mac << 1 | 2 << 40);
@@ -361,7 +339,7 @@ mod tests {
                 } else {
                     prop_assert_eq!(filter.remove(mac, vlan), model.remove(&(mac, vlan)).map(set));
                 }
-                prop_assert_eq!(filter.lookup(mac, vlan), &set(*model.get(&(mac, vlan)).unwrap_or(&0)));
+                prop_assert_eq!(filter.lookup(mac, vlan).cloned(), model.get(&(mac, vlan)).copied().map(set));
             }
             prop_assert_eq!(filter.len(), model.len());
             prop_assert!(filter.iter().all(|(mac, vlan, queues)| set(model[&(mac, vlan)]) == *queues));

@@ -136,8 +136,6 @@ pub struct Frame {
     tail_count: u16,
     /// What the sender left to be done.
     pub offload: Offload,
-    /// Hash over the flow, if somebody computed it.
-    pub hash: Option<u32>,
     /// The VLAN the frame was classified into; 0 is "untagged". Set by the switch.
     pub vlan: u16,
     /// The head carries an 802.1Q tag. Set by the switch.
@@ -151,7 +149,6 @@ impl Frame {
         tail_at: 0,
         tail_count: 0,
         offload: Offload::NONE,
-        hash: None,
         vlan: 0,
         tagged: false,
     };
@@ -212,6 +209,12 @@ impl<'m> Burst<'m> {
     #[inline]
     pub fn room(&self) -> usize {
         if self.tails.remaining_capacity() < FRAME_SEGMENTS { 0 } else { BURST_FRAMES - self.count }
+    }
+
+    /// Tail segments that may still be added.
+    #[inline]
+    pub fn segment_room(&self) -> usize {
+        self.tails.remaining_capacity()
     }
 
     /// True if no frame needs a checksum or segmentation from anyone.
@@ -295,7 +298,6 @@ impl<'m> Burst<'m> {
         frame.len = len;
         (frame.tail_at, frame.tail_count) = (tail_at as u16, tail_count as u16);
         frame.offload = offload;
-        frame.hash = None;
         self.plain &= offload.is_plain();
         self.longest = self.longest.max(len);
         self.count += 1;

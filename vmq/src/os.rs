@@ -32,20 +32,25 @@ pub fn pin_thread(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether an eventfd's counter is full, so that a write waits. `fd` is a number that another thread has in use right now.
-pub(crate) fn counter_is_full(fd: std::os::fd::RawFd) -> bool {
-    let mut look = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: the call reads and writes `look` only; a number that is no descriptor is told there.
-    unsafe { libc::poll(&raw mut look, 1, 0) == 0 }
+/// The signal that ends a wait. Ignored by those who do not know it, and sent by the kernel to nobody who did not ask for it.
+const INTERRUPT: libc::c_int = libc::SIGURG;
+
+/// From now on [`interrupt`] does what it says.
+pub(crate) fn be_interruptible() {
+    extern "C" fn ignore(_: libc::c_int) {}
+    // SAFETY: a zeroed `sigaction` is a valid value, and without SA_RESTART, as it should be; the handler does nothing.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = ignore as *const () as usize;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        libc::sigaction(INTERRUPT, &raw const action, std::ptr::null_mut());
+    }
 }
 
-/// Takes an eventfd's counter back to 0 without waiting. `fd` is a number that another thread has in use right now; should
-/// it have closed it this instant, some other file of this process loses eight bytes that could be read at once.
-pub(crate) fn empty_counter(fd: std::os::fd::RawFd) {
-    let mut counter = [0u8; 8];
-    let buffer = libc::iovec { iov_base: counter.as_mut_ptr().cast(), iov_len: counter.len() };
-    // SAFETY: the call fills `counter` at most; a number that is no descriptor is an error.
-    unsafe { libc::preadv2(fd, &raw const buffer, 1, -1, libc::RWF_NOWAIT) };
+/// Has the system call that `thread` of this process waits in fail with `EINTR`. Nothing happens if it waits in none.
+pub(crate) fn interrupt(thread: i32) {
+    // SAFETY: plain values. A number that is no thread of this process is an error.
+    unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), thread, INTERRUPT) };
 }
 
 /// Lets the calling thread's timeouts end when they are due, not up to 50 µs later.

@@ -7,7 +7,7 @@
 //! than many an L1 cache has. A key's table is shared by its clones, so a thousand ports with the default key share one.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bitflags::bitflags;
 use thiserror::Error;
@@ -16,6 +16,8 @@ use thiserror::Error;
 const MAX_INPUT_LEN: usize = 36;
 /// Slots of the expanded indirection table, and the longest table accepted. virtio devices and NetVSP offer 128.
 const SLOTS: usize = 512;
+/// Entries of a table that nobody asked for, as NDIS has them.
+const DEFAULT_ENTRIES: usize = 128;
 
 /// Shortest key: 36 bytes of input and a 32-bit window. The length that virtio and NDIS use.
 pub const MIN_KEY_LEN: usize = 40;
@@ -188,9 +190,13 @@ impl ToeplitzKey {
 }
 
 impl Default for ToeplitzKey {
-    /// [`DEFAULT_KEY`].
+    /// [`DEFAULT_KEY`], expanded once.
     fn default() -> Self {
-        Self { key: DEFAULT_KEY.as_slice().into(), table: Arc::new(expand(&DEFAULT_KEY)) }
+        static DEFAULT: LazyLock<ToeplitzKey> = LazyLock::new(|| ToeplitzKey {
+            key: DEFAULT_KEY.as_slice().into(),
+            table: Arc::new(expand(&DEFAULT_KEY)),
+        });
+        DEFAULT.clone()
     }
 }
 
@@ -236,7 +242,6 @@ pub struct IndirectionTable {
     /// The entries repeated up to [`SLOTS`], so that a look-up masks by a constant and needs no bounds check.
     slots: Box<[u16; SLOTS]>,
     len: usize,
-    queues: u16,
 }
 
 impl IndirectionTable {
@@ -255,36 +260,35 @@ impl IndirectionTable {
         if let Some((index, &queue)) = entries.iter().enumerate().find(|(_, queue)| **queue >= queues) {
             return Err(RssError::NoSuchQueue { index, queue, queues });
         }
+        Ok(Self::of(len, entries.iter().copied()))
+    }
+
+    /// 128 entries that name `queues` in turn.
+    ///
+    /// # Errors
+    /// [`RssError::NoQueues`] if there is none.
+    pub fn in_turn(queues: &[u16]) -> Result<Self, RssError> {
+        let table = Self::of(DEFAULT_ENTRIES, queues.iter().copied().cycle().take(DEFAULT_ENTRIES));
+        if queues.is_empty() { Err(RssError::NoQueues) } else { Ok(table) }
+    }
+
+    /// The same table for a port that uses only the queues `enabled`: entries that name another are folded onto `others`.
+    ///
+    /// # Errors
+    /// [`RssError::NoQueues`] if `others` has none.
+    pub fn within(&self, enabled: &[u16], others: &[u16]) -> Result<Self, RssError> {
+        let fold = |&queue: &u16| {
+            let other = others.get(usize::from(queue) % others.len().max(1));
+            if enabled.contains(&queue) { Some(queue) } else { other.copied() }
+        };
+        let entries: Option<Vec<u16>> = self.entries().iter().map(fold).collect();
+        Ok(Self::of(self.len, entries.ok_or(RssError::NoQueues)?.into_iter()))
+    }
+
+    fn of(len: usize, entries: impl Iterator<Item = u16> + Clone) -> Self {
         let mut slots = Box::new([0; SLOTS]);
-        for (slot, queue) in slots.iter_mut().zip(entries.iter().cycle()) {
-            *slot = *queue;
-        }
-        Ok(Self { slots, len, queues })
-    }
-
-    /// `len` entries that name the queues in turn.
-    ///
-    /// # Errors
-    /// As [`IndirectionTable::new`].
-    pub fn round_robin(len: usize, queues: u16) -> Result<Self, RssError> {
-        if len > SLOTS {
-            return Err(RssError::TableLength(len));
-        }
-        let entries: Vec<u16> = (0..queues).cycle().take(len).collect();
-        Self::new(&entries, queues)
-    }
-
-    /// The same table for a port that now has `queues` queues: entries that named a queue which is gone are folded
-    /// onto those that are left.
-    ///
-    /// # Errors
-    /// [`RssError::NoQueues`] if none is left.
-    pub fn for_queues(&self, queues: u16) -> Result<Self, RssError> {
-        if queues == 0 {
-            return Err(RssError::NoQueues);
-        }
-        let entries: Vec<u16> = self.entries().iter().map(|queue| queue % queues).collect();
-        Self::new(&entries, queues)
+        slots.iter_mut().zip(entries.cycle()).for_each(|(slot, queue)| *slot = queue);
+        Self { slots, len }
     }
 
     /// The entries, as given.
@@ -292,12 +296,7 @@ impl IndirectionTable {
         self.slots.get(..self.len).unwrap_or_default()
     }
 
-    /// How many queues the entries may name.
-    pub fn queues(&self) -> u16 {
-        self.queues
-    }
-
-    /// The queue for `hash`: always below [`IndirectionTable::queues`].
+    /// The queue for `hash`: one of the entries.
     #[inline]
     pub fn queue(&self, hash: u32) -> u16 {
         self.slots[hash as usize % SLOTS]
@@ -306,10 +305,7 @@ impl IndirectionTable {
 
 impl fmt::Debug for IndirectionTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("IndirectionTable")
-            .field("entries", &self.entries())
-            .field("queues", &self.queues)
-            .finish()
+        f.debug_tuple("IndirectionTable").field(&self.entries()).finish()
     }
 }
 
@@ -325,30 +321,26 @@ pub struct Rss {
 }
 
 impl Rss {
-    /// The default of a port with `queues` queues that was told nothing: default key, 128 entries in turn, every hash type.
-    ///
-    /// # Errors
-    /// [`RssError::NoQueues`].
-    pub fn spread(queues: u16) -> Result<Self, RssError> {
-        let table = IndirectionTable::round_robin(128, queues)?;
-        Ok(Self { key: ToeplitzKey::default(), table, types: HashTypes::all() })
-    }
-
-    /// The hash of `flow`, or `None` if the configured types do not cover it.
+    /// The hash of `flow` and the one type it is of, or `None` if the configured types do not cover it.
     #[inline(always)]
-    pub fn hash(&self, flow: &Flow) -> Option<u32> {
+    pub fn hash(&self, flow: &Flow) -> Option<(u32, HashTypes)> {
+        let by_addresses = |kind| self.types.contains(kind).then_some(kind);
         match *flow {
             Flow::Other => None,
             Flow::V4 { src, dst, ports } => {
                 match self.hashed_ports(ports, HashTypes::TCP_V4, HashTypes::UDP_V4) {
-                    Some(ports) => Some(self.key.hash_v4_ports(src, dst, ports.src, ports.dst)),
-                    None => self.types.contains(HashTypes::IPV4).then(|| self.key.hash_v4(src, dst)),
+                    Some((ports, kind)) => {
+                        Some((self.key.hash_v4_ports(src, dst, ports.src, ports.dst), kind))
+                    }
+                    None => by_addresses(HashTypes::IPV4).map(|kind| (self.key.hash_v4(src, dst), kind)),
                 }
             }
             Flow::V6 { src, dst, ports } => {
                 match self.hashed_ports(ports, HashTypes::TCP_V6, HashTypes::UDP_V6) {
-                    Some(ports) => Some(self.key.hash_v6_ports(src, dst, ports.src, ports.dst)),
-                    None => self.types.contains(HashTypes::IPV6).then(|| self.key.hash_v6(src, dst)),
+                    Some((ports, kind)) => {
+                        Some((self.key.hash_v6_ports(src, dst, ports.src, ports.dst), kind))
+                    }
+                    None => by_addresses(HashTypes::IPV6).map(|kind| (self.key.hash_v6(src, dst), kind)),
                 }
             }
         }
@@ -360,21 +352,20 @@ impl Rss {
         self.table.queue(hash)
     }
 
-    /// The queue for `flow`; a flow without a hash goes to queue 0, as NDIS does.
+    /// `ports` and their protocol's hash type, if that is on.
     #[inline(always)]
-    pub fn select(&self, flow: &Flow) -> u16 {
-        self.hash(flow).map_or(0, |hash| self.queue(hash))
-    }
-
-    /// `ports`, if their protocol's hash type is on.
-    #[inline(always)]
-    fn hashed_ports(&self, ports: Option<Ports>, tcp: HashTypes, udp: HashTypes) -> Option<Ports> {
-        ports.filter(|ports| {
-            self.types.contains(match ports.transport {
-                Transport::Tcp => tcp,
-                Transport::Udp => udp,
-            })
-        })
+    fn hashed_ports(
+        &self,
+        ports: Option<Ports>,
+        tcp: HashTypes,
+        udp: HashTypes,
+    ) -> Option<(Ports, HashTypes)> {
+        let ports = ports?;
+        let kind = match ports.transport {
+            Transport::Tcp => tcp,
+            Transport::Udp => udp,
+        };
+        self.types.contains(kind).then_some((ports, kind))
     }
 }
 

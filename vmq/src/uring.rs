@@ -5,7 +5,8 @@
 //! ever in flight between two calls, and memory may be lent to a batch as to any system call. That works because no
 //! operation waits: each is marked as non-blocking (`RWF_NOWAIT`, `MSG_DONTWAIT`), so it completes while it is submitted,
 //! in order, with `EAGAIN` at worst. Where io_uring is not to be had (seccomp, `kernel.io_uring_disabled`), and for a
-//! batch of one, the plain system calls do the same.
+//! batch of one, plain system calls with the same marks do the same. `O_NONBLOCK` alone would not do: it belongs to the open
+//! file, and whoever shares that can take it back.
 //!
 //! Linked operations would stop a batch of reads at the first `EAGAIN`, but a read that fills less than its buffer breaks
 //! a link too, and every read here does. Instead the size of a batch follows what the last one found: an idle queue
@@ -73,14 +74,17 @@ impl Ring {
             .map(Self)
     }
 
-    /// Performs `operations`, at most [`BATCH`], the n-th marked with user data n, and stores the result of each.
+    /// Performs `operations`, at most [`BATCH`], and stores the result of each.
     ///
     /// # Errors
     /// [`Broken`]: some of them may not have been performed; their results are left as they were.
     ///
     /// # Safety
     /// The operations must be non-blocking ones, and all they point to must be valid until the call returns.
-    unsafe fn run(&mut self, operations: &[squeue::Entry], results: &mut [i32]) -> Result<(), Broken> {
+    unsafe fn run(&mut self, operations: &mut [squeue::Entry], results: &mut [i32]) -> Result<(), Broken> {
+        for (at, operation) in (0..).zip(&mut *operations) {
+            operation.set_user_data(at);
+        }
         // SAFETY: the caller's promise; nothing is left in flight below.
         unsafe { self.0.submission().push_multiple(operations) }.map_err(|_| Broken)?;
         let mut done = 0;

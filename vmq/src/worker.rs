@@ -22,10 +22,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{Timespec, epoll};
+use rustix::event::epoll;
 
 use crate::doorbell::Doorbell;
 use crate::os;
+
+mod rounds;
+
+use rounds::Loop;
 
 /// Nanoseconds since the process's clock began.
 pub type Nanos = u64;
@@ -67,6 +71,8 @@ pub enum Wait {
     Nothing,
     /// This descriptor becoming readable.
     Readable(Arc<dyn AsFd + Send + Sync>),
+    /// This descriptor becoming readable, but no longer than until this moment.
+    ReadableUntil(Arc<dyn AsFd + Send + Sync>, Nanos),
     /// This moment, if it is not nudged before.
     Until(Nanos),
     /// A nudge only.
@@ -78,6 +84,7 @@ impl std::fmt::Debug for Wait {
         match self {
             Self::Nothing => f.write_str("Nothing"),
             Self::Readable(fd) => write!(f, "Readable({:?})", fd.as_fd()),
+            Self::ReadableUntil(fd, at) => write!(f, "ReadableUntil({:?}, {at})", fd.as_fd()),
             Self::Until(at) => write!(f, "Until({at})"),
             Self::Nudge => f.write_str("Nudge"),
         }
@@ -104,7 +111,23 @@ enum Command<S> {
     Add(TaskId, Arc<dyn Task<S>>),
     Remove(TaskId),
     Nudge(TaskId),
+    /// Another worker will let the task arrive; what else concerns it has to wait for that.
+    Expect(TaskId),
+    /// Let go by the worker that had it; none if it was over.
+    Arrive(TaskId, Option<Arc<dyn Task<S>>>),
+    /// To the worker with this inbox.
+    Move(TaskId, Arc<Shared<S>>),
     Stop,
+}
+
+impl<S> Command<S> {
+    /// The task that has to be there first.
+    fn needs(&self) -> Option<TaskId> {
+        match self {
+            Self::Remove(id) | Self::Nudge(id) | Self::Expect(id) | Self::Move(id, _) => Some(*id),
+            Self::Add(..) | Self::Arrive(..) | Self::Stop => None,
+        }
+    }
 }
 
 /// What a worker is doing.
@@ -131,6 +154,14 @@ struct Shared<S> {
     pending: AtomicBool,
     wake: Doorbell,
     status: Status,
+}
+
+impl<S> Shared<S> {
+    fn send(&self, command: Command<S>) {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).push(command);
+        self.pending.store(true, Ordering::Release);
+        self.wake.ring();
+    }
 }
 
 /// How a worker shares its processor.
@@ -183,8 +214,7 @@ impl<S: Default + 'static> Worker<S> {
                 let _ = report.send(result);
                 if !failed {
                     let idle = u64::try_from(sharing.idle.as_nanos()).unwrap_or(u64::MAX);
-                    let (slots, active, preempt) = (Vec::new(), Vec::new(), sharing.preempt);
-                    Loop { shared, epoll, clock, idle, preempt, slots, active, timed: false }.run();
+                    Loop::new(shared, epoll, clock, idle, sharing.preempt).run();
                 }
             }
         };
@@ -202,17 +232,27 @@ impl<S> Worker<S> {
 
     /// Gives the worker a task.
     pub fn add(&self, id: TaskId, task: Arc<dyn Task<S>>) {
-        self.send(Command::Add(id, task));
+        self.shared.send(Command::Add(id, task));
     }
 
     /// Takes a task away; it may be polled once more.
     pub fn remove(&self, id: TaskId) {
-        self.send(Command::Remove(id));
+        self.shared.send(Command::Remove(id));
+    }
+
+    /// Gives a task to the worker `to`, which touches it only when this one has let it go for good: a late doorbell of the
+    /// one must not undo what the other has asked the guest for. Whatever concerns the task goes to `to` from now on; calls
+    /// about one task must follow each other.
+    pub fn hand_over(&self, id: TaskId, to: &Self) {
+        if !Arc::ptr_eq(&self.shared, &to.shared) {
+            to.shared.send(Command::Expect(id));
+            self.shared.send(Command::Move(id, Arc::clone(&to.shared)));
+        }
     }
 
     /// Makes the worker look at a task that may be asleep.
     pub fn nudge(&self, id: TaskId) {
-        self.send(Command::Nudge(id));
+        self.shared.send(Command::Nudge(id));
     }
 
     /// What the worker is doing.
@@ -233,17 +273,11 @@ impl<S> Worker<S> {
     pub fn busy(&self) -> Nanos {
         self.shared.status.busy.load(Ordering::Relaxed)
     }
-
-    fn send(&self, command: Command<S>) {
-        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).push(command);
-        self.shared.pending.store(true, Ordering::Release);
-        self.shared.wake.ring();
-    }
 }
 
 impl<S> Drop for Worker<S> {
     fn drop(&mut self) {
-        self.send(Command::Stop);
+        self.shared.send(Command::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -251,287 +285,6 @@ impl<S> Drop for Worker<S> {
 }
 
 const WAKE: u64 = u64::MAX;
-
-/// Rounds over the active tasks between two looks at the doorbells of the others.
-const ROUNDS_PER_CHECK: u32 = 16;
-
-enum Phase {
-    Active { idle_since: Option<Nanos> },
-    Armed { until: Option<Nanos>, since: Nanos },
-}
-
-/// How long a task is polled in vain before it is armed; at most what the worker allows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Window(Nanos);
-
-impl Window {
-    /// The task was armed for `slept`; `most` is the longest window.
-    fn adapt(&mut self, slept: Nanos, most: Nanos) {
-        self.0 = match self.0 {
-            now if slept < most => now.saturating_mul(2).clamp(most / 4, most),
-            now if now > most / 8 => now / 2,
-            _ => 0,
-        };
-    }
-}
-
-struct Slot<S> {
-    id: TaskId,
-    task: Arc<dyn Task<S>>,
-    phase: Phase,
-    window: Window,
-    /// What is in the epoll set for this slot. Held so that it can be taken out again: a descriptor whose file is
-    /// shared with a guest does not leave the set by being closed here.
-    registered: Option<Arc<dyn AsFd + Send + Sync>>,
-}
-
-struct Loop<S> {
-    shared: Arc<Shared<S>>,
-    epoll: std::os::fd::OwnedFd,
-    clock: Clock,
-    idle: Nanos,
-    preempt: bool,
-    slots: Vec<Option<Slot<S>>>,
-    active: Vec<usize>,
-    /// Some task waits for a moment.
-    timed: bool,
-}
-
-impl<S: Default> Loop<S> {
-    fn run(mut self) {
-        let mut scratch = S::default();
-        let mut rounds = 0u32;
-        loop {
-            if self.shared.pending.load(Ordering::Acquire) && !self.take_commands() {
-                return;
-            }
-            let moved = self.round(&mut scratch);
-            rounds = rounds.wrapping_add(1);
-            if self.active.is_empty() {
-                self.sleep();
-                continue;
-            }
-            if rounds.is_multiple_of(ROUNDS_PER_CHECK) {
-                self.look(Some(Timespec { tv_sec: 0, tv_nsec: 0 }));
-                if self.timed {
-                    self.wake_due();
-                }
-            }
-            if !moved {
-                self.pause();
-            }
-        }
-    }
-
-    /// Between two polls in vain.
-    fn pause(&self) {
-        if self.preempt {
-            std::hint::spin_loop();
-        } else {
-            // To those whose work would be the next to move.
-            std::thread::yield_now();
-        }
-    }
-
-    /// Polls every active task once; true if any frame moved.
-    fn round(&mut self, scratch: &mut S) -> bool {
-        let mut now = self.clock.now();
-        let mut any = false;
-        let mut at = 0;
-        while let Some(&index) = self.active.get(at) {
-            let Some(slot) = self.slots[index].as_mut() else {
-                self.active.swap_remove(at);
-                continue;
-            };
-            match slot.task.poll(scratch, now) {
-                Polled::Moved(_) => {
-                    let end = self.clock.now();
-                    let spent = end.saturating_sub(now);
-                    slot.task.spent(spent);
-                    let busy = &self.shared.status.busy;
-                    busy.store(busy.load(Ordering::Relaxed).wrapping_add(spent), Ordering::Relaxed);
-                    now = end;
-                    any = true;
-                    slot.phase = Phase::Active { idle_since: None };
-                    at += 1;
-                }
-                Polled::Empty => {
-                    if self.stays_active(index, now) {
-                        at += 1;
-                    } else {
-                        self.active.swap_remove(at);
-                    }
-                }
-                Polled::Gone => {
-                    self.release(index);
-                    self.active.swap_remove(at);
-                }
-            }
-        }
-        any
-    }
-
-    /// Decides about a task that found nothing: go on polling, or arm it.
-    fn stays_active(&mut self, index: usize, now: Nanos) -> bool {
-        let Some(slot) = self.slots[index].as_mut() else { return false };
-        let Phase::Active { idle_since } = &mut slot.phase else { return false };
-        let since = *idle_since.get_or_insert(now);
-        if now.saturating_sub(since) < slot.window.0 {
-            return true;
-        }
-        let until = match slot.task.arm() {
-            Wait::Nothing => {
-                slot.task.disarm();
-                *idle_since = None;
-                return true;
-            }
-            Wait::Readable(fd) => {
-                self.register(index, Some(fd));
-                None
-            }
-            Wait::Until(at) => {
-                self.register(index, None);
-                self.timed = true;
-                Some(at)
-            }
-            // Nothing is held on to that the task has let go: a device must be free to be opened again.
-            Wait::Nudge => {
-                self.register(index, None);
-                None
-            }
-        };
-        if let Some(slot) = self.slots[index].as_mut() {
-            slot.phase = Phase::Armed { until, since: now };
-        }
-        false
-    }
-
-    /// Makes `fd` what wakes the task in slot `index`.
-    fn register(&mut self, index: usize, fd: Option<Arc<dyn AsFd + Send + Sync>>) {
-        let Some(slot) = self.slots[index].as_mut() else { return };
-        if let (Some(old), Some(new)) = (&slot.registered, &fd)
-            && Arc::ptr_eq(old, new)
-        {
-            return;
-        }
-        if let Some(old) = slot.registered.take() {
-            let _ = epoll::delete(&self.epoll, old.as_fd());
-        }
-        let Some(fd) = fd else { return };
-        // Edge-triggered: a doorbell is never read, each ring of it is an event.
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        match epoll::add(&self.epoll, fd.as_fd(), epoll::EventData::new_u64(index as u64), flags) {
-            Ok(()) => slot.registered = Some(fd),
-            Err(error) => tracing::error!(%error, "cannot wait for a doorbell; the queue stays silent"),
-        }
-    }
-
-    fn release(&mut self, index: usize) {
-        self.register(index, None);
-        self.slots[index] = None;
-    }
-
-    fn activate(&mut self, index: usize) {
-        if let Some(Some(slot)) = self.slots.get_mut(index)
-            && let Phase::Armed { since, .. } = slot.phase
-        {
-            slot.window.adapt(self.clock.now().saturating_sub(since), self.idle);
-            slot.task.disarm();
-            slot.phase = Phase::Active { idle_since: None };
-            self.active.push(index);
-        }
-    }
-
-    /// No task is active: waits for a doorbell, a command or the next moment a task asked for.
-    fn sleep(&mut self) {
-        let status = &self.shared.status;
-        let parked = self.slots.iter().all(Option::is_none);
-        let activity = if parked { Activity::Parked } else { Activity::Asleep };
-        status.activity.store(activity as u8, Ordering::Relaxed);
-        status.sleeps.store(status.sleeps.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
-        let due = self.slots.iter().flatten().filter_map(Slot::due).min();
-        let timeout = due.map(|due| timespec(due.saturating_sub(self.clock.now())));
-        self.look(timeout);
-        self.shared.status.activity.store(Activity::Polling as u8, Ordering::Relaxed);
-        if due.is_some() {
-            self.wake_due();
-        }
-    }
-
-    fn wake_due(&mut self) {
-        let now = self.clock.now();
-        self.timed = self.slots.iter().flatten().any(|slot| slot.due().is_some());
-        for index in 0..self.slots.len() {
-            if self.slots[index].as_ref().and_then(Slot::due).is_some_and(|due| due <= now) {
-                self.activate(index);
-            }
-        }
-    }
-
-    /// Activates the tasks whose doorbell rang.
-    fn look(&mut self, timeout: Option<Timespec>) {
-        let mut events =
-            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
-        let count = epoll::wait(&self.epoll, &mut events, timeout.as_ref()).unwrap_or(0);
-        for event in &events[..count] {
-            let data = event.data;
-            if let Ok(index) = usize::try_from(data.u64())
-                && data.u64() != WAKE
-            {
-                self.activate(index);
-            }
-        }
-    }
-
-    /// Carries out what other threads asked for; false if the worker is to end.
-    fn take_commands(&mut self) -> bool {
-        self.shared.pending.store(false, Ordering::Release);
-        let commands = std::mem::take(&mut *self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner));
-        for command in commands {
-            match command {
-                Command::Add(id, task) => {
-                    let phase = Phase::Armed { until: None, since: self.clock.now() };
-                    let slot = Slot { id, task, phase, window: Window(self.idle), registered: None };
-                    let index = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
-                    if index == self.slots.len() {
-                        self.slots.push(Some(slot));
-                    } else {
-                        self.slots[index] = Some(slot);
-                    }
-                    self.activate(index);
-                }
-                Command::Remove(id) => self.find(id).into_iter().for_each(|index| {
-                    self.release(index);
-                    self.active.retain(|&active| active != index);
-                }),
-                Command::Nudge(id) => self.find(id).into_iter().for_each(|index| self.activate(index)),
-                Command::Stop => return false,
-            }
-        }
-        true
-    }
-
-    fn find(&self, id: TaskId) -> Option<usize> {
-        self.slots.iter().position(|slot| slot.as_ref().is_some_and(|slot| slot.id == id))
-    }
-}
-
-impl<S> Slot<S> {
-    fn due(&self) -> Option<Nanos> {
-        match self.phase {
-            Phase::Armed { until, .. } => until,
-            Phase::Active { .. } => None,
-        }
-    }
-}
-
-fn timespec(nanos: Nanos) -> Timespec {
-    let duration = Duration::from_nanos(nanos);
-    Timespec {
-        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(duration.subsec_nanos()),
-    }
-}
 
 #[cfg(test)]
 mod tests;

@@ -13,7 +13,7 @@ pub type BackendFault = Box<dyn std::error::Error + Send + Sync>;
 
 /// Frames that a guest sends. Polled by one worker at a time.
 pub trait FrameSource: Send + std::fmt::Debug {
-    /// Takes up to a burst of frames, and counts them in `tally`.
+    /// Takes up to a burst of frames, and counts in `tally` what it drops itself; the switch counts what is in the burst.
     ///
     /// # Errors
     /// The port faults; what is in the burst is dropped.

@@ -41,6 +41,9 @@ reasons! {
     Untagged => "untagged on a trunk without native VLAN",
     /// The destination is learnt on the very port the frame came from.
     SamePort => "destination is on the sending port",
+    /// The destination is one of those that bridges do not relay (01:80:c2:00:00:00 to 0f: spanning tree, link aggregation,
+    /// PAUSE, LLDP; IEEE 802.1Q-2018, 8.6.3). A physical switch must not take such a frame of a guest for this host's.
+    LinkLocal => "for the next bridge only (spanning tree, LACP, LLDP)",
     /// Nobody else is in the VLAN.
     NoReceiver => "no other port in the VLAN",
     /// The client has disabled the queue that the frame was sent through.
@@ -59,6 +62,8 @@ reasons! {
     NotReady => "receiving port is not connected",
     /// The receiving port is stopped after a fault.
     Faulted => "receiving port is faulted",
+    /// The switch was too slow to take the frame from the host's device, and the host had no room for more.
+    DeviceOverrun => "switch is too slow for the host device",
     /// The host's device refused the frame.
     DeviceError => "host device refused the frame",
     /// The disk is too slow for the capture file that the frame was to be written to.

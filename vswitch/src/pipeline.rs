@@ -88,7 +88,8 @@ struct Admitted {
 }
 
 /// Decides who gets the frames of `burst`, which came from port `ingress` at `now` (seconds of a monotonic clock).
-/// Drops are counted in `tally`; each frame is either in the plan's deliveries or in its drops.
+/// Each frame is either in the plan's deliveries, to one port or several, and counted once in `tally` as moved; or it is in
+/// the plan's drops, and counted as dropped.
 pub fn forward(
     topology: &Topology,
     ingress: PortIndex,
@@ -269,7 +270,10 @@ fn look_up(
         previous = Some((at, known));
         match known {
             Some(port) if port == ingress => plan.refuse(index, DropReason::SamePort, tally),
-            Some(port) => plan.deliver(port, index),
+            Some(port) => {
+                plan.deliver(port, index);
+                tally.moved(frame.len);
+            }
             None => flood(topology, ingress, index, frame, plan, tally),
         }
     }
@@ -293,6 +297,11 @@ fn reaches(topology: &Topology, ingress: PortIndex, port: PortIndex, frame: &Fra
         && !(frame.tagged && is_stacked(frame) && topology.untags(port, frame.vlan))
 }
 
+/// True if the destination is one that no bridge relays (IEEE 802.1Q-2018, table 8-1).
+fn is_link_local(frame: &Frame) -> bool {
+    matches!(frame.head, [0x01, 0x80, 0xc2, 0, 0, 0..=0x0f, ..])
+}
+
 /// True if a second 802.1Q tag follows the first.
 #[cold]
 fn is_stacked(frame: &Frame) -> bool {
@@ -308,6 +317,9 @@ fn flood(
     plan: &mut Plan,
     tally: &mut Tally,
 ) {
+    if is_link_local(frame) {
+        return plan.refuse(index, DropReason::LinkLocal, tally);
+    }
     let mut receivers = 0;
     for &port in topology.members() {
         if port != ingress && reaches(topology, ingress, port, frame) {
@@ -317,6 +329,8 @@ fn flood(
     }
     if receivers == 0 {
         plan.refuse(index, DropReason::NoReceiver, tally);
+    } else {
+        tally.moved(frame.len);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
@@ -28,6 +29,30 @@ pub enum PortEvent {
     Stop,
 }
 
+/// Between two messages in the log about peers of one port: a peer causes as many as it likes.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// What went wrong last, and how much of it was not logged.
+#[derive(Debug, Default)]
+struct LastError {
+    text: Option<String>,
+    logged: Option<Instant>,
+    unlogged: u64,
+}
+
+impl LastError {
+    /// Remembers `text`. If it is time to log it: how many others were not.
+    fn note(&mut self, text: &str, now: Instant) -> Option<u64> {
+        self.text = Some(text.to_owned());
+        if self.logged.is_some_and(|then| now.saturating_duration_since(then) < QUIET) {
+            self.unlogged += 1;
+            return None;
+        }
+        self.logged = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
+    }
+}
+
 /// The part of a port that its queues share.
 #[derive(Debug)]
 pub struct PortCore {
@@ -44,7 +69,7 @@ pub struct PortCore {
     /// Running captures.
     pub taps: Taps,
     state: Mutex<PortState>,
-    last_error: Mutex<Option<String>>,
+    last_error: Mutex<LastError>,
     faulted: AtomicBool,
     /// An event of the kind is on its way: a peer that repeats itself adds none.
     change_pending: AtomicBool,
@@ -70,7 +95,7 @@ impl PortCore {
             snapshot,
             taps: Taps::default(),
             state: Mutex::new(PortState::Waiting(what)),
-            last_error: Mutex::new(None),
+            last_error: Mutex::default(),
             faulted: AtomicBool::new(false),
             change_pending: AtomicBool::new(false),
             nudges_pending: AtomicU64::new(0),
@@ -98,7 +123,7 @@ impl PortCore {
     /// Ends a fault.
     pub fn clear_fault(&self, what: String) {
         *self.lock_state() = PortState::Waiting(what);
-        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.lock_error().text = None;
         self.faulted.store(false, Ordering::SeqCst);
     }
 
@@ -117,13 +142,15 @@ impl PortCore {
 
     /// Remembers something that went wrong without stopping the port.
     pub fn set_error(&self, error: String) {
-        tracing::warn!(switch = %self.switch, port = %self.name, %error, "peer was cut off");
-        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        let due = self.lock_error().note(&error, Instant::now());
+        if let Some(unlogged) = due {
+            tracing::warn!(switch = %self.switch, port = %self.name, %error, unlogged, "peer was cut off");
+        }
     }
 
     /// The last thing that went wrong without stopping the port.
     pub fn last_error(&self) -> Option<String> {
-        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock_error().text.clone()
     }
 
     /// The queues in use changed: the snapshot is to be made anew.
@@ -157,7 +184,28 @@ impl PortCore {
         let _ = self.events.send(event);
     }
 
+    fn lock_error(&self) -> std::sync::MutexGuard<'_, LastError> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_state(&self) -> std::sync::MutexGuard<'_, PortState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_that_a_peer_causes_in_a_row_are_logged_once_and_counted() {
+        let (mut last, start) = (LastError::default(), Instant::now());
+        assert_eq!(last.note("first", start), Some(0));
+        for n in 0..1000 {
+            assert_eq!(last.note(&n.to_string(), start + QUIET - Duration::from_nanos(1)), None);
+        }
+        assert_eq!(last.text.as_deref(), Some("999"), "it is shown all the same");
+        assert_eq!(last.note("next", start + QUIET), Some(1000));
+        assert_eq!(last.note("next", start + 3 * QUIET), Some(0));
     }
 }

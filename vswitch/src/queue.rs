@@ -179,10 +179,7 @@ impl SourceQueue {
         let _state = self.state.lock();
         let snapshot = self.port.snapshot.load();
         let (mut burst, mut tally) = (Burst::new(&mut frames), Tally::default());
-        if let Ok(len) = u32::try_from(frame.len())
-            && burst.push(frame.into(), Offload::NONE)
-        {
-            tally.moved(len);
+        if burst.push(frame.into(), Offload::NONE) {
             self.switch(&snapshot, &mut burst, &mut plan, &mut delivery, now, &mut tally);
             self.counters.add(&tally);
         }
@@ -194,8 +191,15 @@ impl SourceQueue {
         let Source::Ring(ring) = &mut *state else { return };
         if enabled && !ring.enabled {
             let mut tally = Tally::default();
-            // At most a ring's worth. A fault is met by the next burst, too.
-            let _ = ring.discard(vmq::ring::MAX_SIZE.into(), &mut tally);
+            // A ring's worth at most, and a burst at a time: chains that wait to be given back are few.
+            while tally.dropped_total() < vmq::ring::MAX_SIZE.into() {
+                let before = tally.dropped_total();
+                // A fault is met by the next burst, too.
+                let discarded = ring.discard(BURST_FRAMES, &mut tally);
+                if discarded.is_err() || tally.dropped_total() == before {
+                    break;
+                }
+            }
             self.counters.add(&tally);
         }
         ring.enabled = enabled;
@@ -316,7 +320,7 @@ impl SourceQueue {
             return Err(RingFault::MemoryLost.into());
         }
         received?;
-        if ring.complete() {
+        if ring.complete()? {
             self.counters.called();
         }
         if ring.lost() {
@@ -410,9 +414,9 @@ impl SourceQueue {
             self.port.taps.show(&self.port, Direction::Inbound, burst, list);
         }
         for (port, list) in plan.deliveries() {
-            match snapshot.outlets.get(usize::from(port)).and_then(Option::as_ref) {
-                Some(outlet) => outlet.deliver(burst, list, delivery, now),
-                None => tally.drop_many(DropReason::NotReady, list.len()),
+            // A snapshot has an outlet for each port that its topology knows.
+            if let Some(outlet) = snapshot.outlets.get(usize::from(port)).and_then(Option::as_ref) {
+                outlet.deliver(burst, list, delivery, now);
             }
         }
     }
@@ -517,36 +521,31 @@ impl Put<'_> {
             self.tally.drop_many(DropReason::Faulted, list.len());
             return;
         }
-        let outcome = match self.sink {
-            Sink::Absent(reason) => {
-                self.tally.drop_many(*reason, list.len());
+        let before = *self.tally;
+        let put = match self.sink {
+            Sink::Absent(reason) => return self.tally.drop_many(*reason, list.len()),
+            Sink::Ring(ring) => ring.put(burst, list, self.tally).map_err(|fault| fault.to_string()),
+            Sink::Backend(backend) => {
+                backend.put(self.now, burst, list, self.tally).map_err(|fault| fault.to_string())
+            }
+            Sink::Device(device) => {
+                self.fault = device.put(burst, list, self.tally).err().map(|fault| fault.to_string());
                 return;
             }
-            Sink::Ring(ring) => {
-                let before = *self.tally;
-                let put = ring.put(burst, list, self.tally);
-                if put.is_err() {
-                    // The guest is never shown what was written.
-                    *self.tally = before;
-                    self.tally.drop_many(DropReason::Faulted, list.len());
-                }
-                put.map(|called| self.called |= called).map_err(|fault| fault.to_string())
-            }
-            Sink::Device(device) => device.put(burst, list, self.tally).map_err(|fault| fault.to_string()),
-            Sink::Backend(backend) => {
-                let before = *self.tally;
-                let put = backend.put(self.now, burst, list, self.tally);
-                if put.is_err() {
-                    *self.tally = before;
-                    self.tally.drop_many(DropReason::Faulted, list.len());
-                }
-                put.map(|called| self.called |= called).map_err(|fault| fault.to_string())
-            }
             Sink::File(file) => {
-                file.put(self.now, burst, list, self.tally).map_err(|fault| fault.to_string())
+                self.fault = file.put(self.now, burst, list, self.tally).err().map(|fault| fault.to_string());
+                return;
             }
         };
-        self.fault = outcome.err();
+        match put {
+            Ok(called) => self.called |= called,
+            Err(fault) => {
+                // The guest is never shown what was written.
+                *self.tally = before;
+                self.tally.drop_many(DropReason::Faulted, list.len());
+                self.fault = Some(fault);
+            }
+        }
     }
 }
 
@@ -591,3 +590,6 @@ impl SinkQueue {
         act(&mut self.state.lock())
     }
 }
+
+#[cfg(test)]
+mod tests;

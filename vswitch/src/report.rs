@@ -65,9 +65,9 @@ pub struct PortReport {
     pub vlan: String,
     /// What was negotiated with the client, in words.
     pub features: Vec<String>,
-    /// Frames from the port into the switch.
+    /// Frames from the port into the switch: those that went on to another port, and those dropped on the way in.
     pub received: CounterValues,
-    /// Frames from the switch to the port.
+    /// Frames from the switch to the port: those that it took, and those dropped on the way out.
     pub sent: CounterValues,
     /// Queue by queue.
     pub queues: Vec<QueueReport>,
@@ -105,6 +105,15 @@ pub struct WorkerReport {
     pub load_permille: u32,
     /// Times it went to sleep.
     pub sleeps: u64,
+}
+
+/// Addresses of a switch's table.
+#[derive(Debug, Clone, Serialize)]
+pub struct AddressList {
+    /// How many there are.
+    pub total: usize,
+    /// The first of them, by VLAN and address.
+    pub addresses: Vec<AddressReport>,
 }
 
 /// An address of a switch's table.

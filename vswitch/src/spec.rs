@@ -1,10 +1,52 @@
 //! What an operator asks for: switches and ports, as plain checked-for-shape values. The daemon reads them from its
 //! configuration file or its API; [`crate::fabric::Fabric`] makes them real.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use vmq::Mac;
+use vmq::filter::MAX_VLAN;
+
+use crate::topology::VlanRule;
+
+/// The longest name of a switch or port, in bytes.
+pub const MAX_NAME: usize = 32;
+
+/// Whether `name` may name a switch or port: it goes into paths, metrics and terminals.
+///
+/// # Errors
+/// What is wrong with it, and what was expected.
+pub fn check_name(name: &str) -> Result<(), String> {
+    check_word(name, "name", MAX_NAME)
+}
+
+/// Whether `word`, a `what`, has 1 to `longest` letters, digits, `-`, `_` and `.`, and begins with a letter or digit.
+///
+/// # Errors
+/// What is wrong with it, and what was expected.
+pub fn check_word(word: &str, what: &str, longest: usize) -> Result<(), String> {
+    const SHOWN: usize = 80;
+    let expected = format!(
+        "expected 1 to {longest} of the letters a to z, A to Z, digits, `-`, `_`, `.`, beginning with a letter or digit"
+    );
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    // A character in backquotes, escaped if it cannot be printed.
+    let shown =
+        |c: char| if c == '\'' || c == '"' { format!("`{c}`") } else { format!("`{}`", c.escape_debug()) };
+    let fault = match word.chars().next() {
+        None => return Err(format!("the {what} is empty, {expected}")),
+        Some(_) if word.len() > longest => format!("has {} bytes", word.len()),
+        Some(first) if !first.is_ascii_alphanumeric() => format!("begins with {}", shown(first)),
+        Some(_) => match word.chars().find(|&c| !allowed(c)) {
+            Some(bad) => format!("contains {}", shown(bad)),
+            None => return Ok(()),
+        },
+    };
+    let cut = if word.chars().count() > SHOWN { "…" } else { "" };
+    let word: String = word.chars().take(SHOWN).flat_map(char::escape_debug).collect();
+    Err(format!("{what} \"{word}{cut}\" {fault}, {expected}"))
+}
 
 /// Whom a switch connects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,9 +67,9 @@ pub struct SwitchSpec {
     pub name: String,
     /// Whom it connects.
     pub kind: SwitchKind,
-    /// Addresses the table holds, static ones included: 1 to 1,048,576.
+    /// Addresses the table holds, static ones included: of [`SwitchSpec::ADDRESSES_RANGE`].
     pub addresses: usize,
-    /// Seconds after which an address that was not seen is forgotten: 10 to 1,000,000.
+    /// Seconds after which an address that was not seen is forgotten: of [`SwitchSpec::AGING_RANGE`].
     pub aging: u32,
 }
 
@@ -36,8 +78,10 @@ impl SwitchSpec {
     pub const ADDRESSES: usize = 16_384;
     /// Default of [`SwitchSpec::aging`], IEEE 802.1Q-2018, table 8-6.
     pub const AGING: u32 = 300;
-    /// The most addresses a table holds.
-    pub const MAX_ADDRESSES: usize = 1 << 20;
+    /// What [`SwitchSpec::addresses`], and [`PortSpec::address_limit`], may be.
+    pub const ADDRESSES_RANGE: RangeInclusive<usize> = 1..=1 << 20;
+    /// What [`SwitchSpec::aging`] may be.
+    pub const AGING_RANGE: RangeInclusive<u32> = 10..=crate::fdb::MAX_AGING;
 }
 
 /// How a port takes part in VLANs.
@@ -56,6 +100,35 @@ pub enum VlanMode {
         /// The VLAN of untagged frames; sent untagged as well.
         native: Option<u16>,
     },
+}
+
+impl VlanMode {
+    /// VLANs that can be named.
+    pub const IDS: RangeInclusive<u16> = 1..=MAX_VLAN;
+
+    /// True if frames of `vlan` (0 is none) may pass the port.
+    pub fn carries(&self, vlan: u16) -> bool {
+        match self {
+            Self::Passthrough => true,
+            Self::Access(own) => *own == vlan,
+            Self::Trunk { members, native } => members.contains(&vlan) || *native == Some(vlan),
+        }
+    }
+
+    /// The VLAN of untagged frames, 0 for none; `None` if the port takes no such frames.
+    pub fn untagged(&self) -> Option<u16> {
+        match self {
+            Self::Passthrough => Some(0),
+            Self::Access(vlan) => Some(*vlan),
+            Self::Trunk { native, .. } => *native,
+        }
+    }
+
+    /// A VLAN that ports of both modes carry.
+    fn shared(&self, other: &Self) -> Option<u16> {
+        let (own, other) = (VlanRule::from(self), VlanRule::from(other));
+        (0..=MAX_VLAN).find(|&vlan| own.carries(vlan) && other.carries(vlan))
+    }
 }
 
 /// A port's place in a private VLAN: whom of the others in its VLAN it meets. A port with none meets all of them.
@@ -188,9 +261,10 @@ pub struct PortSpec {
     pub name: String,
     /// What it is attached to.
     pub attachment: Attachment,
-    /// Largest IP packet in bytes, 68 to 9216.
+    /// Largest IP packet in bytes, of [`PortSpec::MTU_RANGE`].
     pub mtu: u16,
-    /// The guest's address. If given, it is static on this port, and other sources are refused.
+    /// The guest's address. If given, it belongs to this port in all VLANs that the port carries (static where untagged
+    /// frames are), and other sources are refused.
     pub mac: Option<Mac>,
     /// Other sources than [`PortSpec::mac`] are allowed (`mac-spoofing`).
     pub spoofing: bool,
@@ -217,12 +291,10 @@ pub struct PortSpec {
 impl PortSpec {
     /// Default of [`PortSpec::mtu`].
     pub const MTU: u16 = 1500;
-    /// The largest [`PortSpec::mtu`].
-    pub const MAX_MTU: u16 = 9216;
-    /// The smallest [`PortSpec::mtu`] (RFC 791).
-    pub const MIN_MTU: u16 = 68;
-    /// Most queues of a port.
-    pub const MAX_QUEUES: u16 = 64;
+    /// What [`PortSpec::mtu`] may be; the smallest is RFC 791's.
+    pub const MTU_RANGE: RangeInclusive<u16> = 68..=9216;
+    /// Queues that a port may have.
+    pub const QUEUES_RANGE: RangeInclusive<u16> = 1..=64;
 
     /// A port with every default.
     pub fn new(name: impl Into<String>, attachment: Attachment) -> Self {
@@ -242,5 +314,31 @@ impl PortSpec {
             rss: RssSpec::default(),
             pin: Vec::new(),
         }
+    }
+    /// [`PortSpec::mac`] where untagged frames are.
+    pub fn own_address(&self) -> Option<StaticAddress> {
+        self.mac.zip(self.vlan.untagged()).map(|(mac, vlan)| StaticAddress { mac, vlan })
+    }
+
+    /// The static entries of the port in the switch's table.
+    pub fn pinned(&self) -> impl Iterator<Item = StaticAddress> + '_ {
+        self.own_address().into_iter().chain(self.addresses.iter().copied())
+    }
+
+    /// True if no other port may have the address.
+    pub fn owns(&self, address: StaticAddress) -> bool {
+        self.mac == Some(address.mac) && self.vlan.carries(address.vlan) || self.addresses.contains(&address)
+    }
+
+    /// An address that this port and `other` would both own.
+    pub fn clash(&self, other: &Self) -> Option<StaticAddress> {
+        let twice = |mac| {
+            let vlan = self.vlan.shared(&other.vlan)?;
+            Some(StaticAddress { mac, vlan })
+        };
+        let listed =
+            |one: &Self, two: &Self| one.addresses.iter().copied().find(|&address| two.owns(address));
+        let mac = self.mac.filter(|&mac| other.mac == Some(mac)).and_then(twice);
+        mac.or_else(|| listed(self, other)).or_else(|| listed(other, self))
     }
 }

@@ -1,4 +1,9 @@
 //! Counters: gathered in plain numbers during a burst, then added to a queue's own cells, which nobody else writes.
+//!
+//! **Each frame is counted once in each direction.** Where frames come in, *frames + drops* is what the port offered: a
+//! frame is moved if at least one other port is to have it, however many, and else dropped, by its queue or by the pipeline.
+//! Where frames leave, *frames + drops* is what was to be handed to the port, in the form it takes: segments of a large
+//! frame count each, as does a large frame made of several. So what a receiver drops is not counted at the sender.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,7 +15,7 @@ use crate::drops::DropReason;
 /// What happened to one burst.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tally {
-    /// Frames moved.
+    /// Frames moved, without those that were dropped.
     pub frames: u64,
     /// Their bytes.
     pub bytes: u64,
@@ -142,7 +147,7 @@ impl Counters {
 /// A queue's counters at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct CounterValues {
-    /// Frames moved.
+    /// Frames moved, without those that were dropped.
     pub frames: u64,
     /// Bytes moved, from the destination address on.
     pub bytes: u64,

@@ -54,6 +54,14 @@ impl Peer {
         self.tell(&Request::AddMemReg(region(n)), vec![file()])
     }
 
+    /// Shows region `n` at the end of a file of `size` bytes.
+    fn add_end_of(&mut self, n: u64, size: u64) -> bool {
+        let file = file();
+        rustix::fs::ftruncate(&file, size).unwrap();
+        let region = MemoryRegion { offset: (size - 0x1000).into(), ..region(n) };
+        self.tell(&Request::AddMemReg(region), vec![file])
+    }
+
     /// Shows eight regions in place of all others, and a dirty log.
     fn has_its_promise(&mut self) -> bool {
         let log = LogArea { size: 0x1000.into(), offset: 0.into() };
@@ -74,7 +82,29 @@ fn file() -> OwnedFd {
 }
 
 #[test]
-fn ports_that_take_every_mapping_leave_the_others_theirs() {
+fn ports_that_take_every_mapping_or_all_addresses_leave_the_others_theirs() {
+    addresses();
+    mappings();
+}
+
+/// Files cost nothing but addresses.
+fn addresses() {
+    let (promised, most) = (Share::PROMISED_BYTES as u64, Share::MOST_BYTES as u64);
+    let mut honest = Peer::new().unwrap();
+    let mut greedy: Vec<Peer> = (0..16).map(|_| Peer::new().unwrap()).collect();
+    assert!(!greedy[0].add_end_of(0, 64 << 40), "64 TiB for one peer");
+    assert!(greedy[0].add_end_of(0, most));
+    assert!(!greedy[0].add_end_of(1, 0x1000), "a page beyond the most");
+    let got = greedy[1..].iter_mut().filter_map(|peer| peer.add_end_of(0, most).then_some(())).count();
+    assert!((8..12).contains(&got), "{got} more peers got the most");
+    assert!(honest.add_end_of(0, promised / 2) && honest.add_end_of(1, promised / 2));
+    assert!(!honest.add_end_of(2, most - promised), "beyond the promise there is not so much left");
+    assert!(Mapping::memfd("a machine's memory", 1 << 40).is_ok());
+    greedy.clear();
+    assert!(honest.add_end_of(2, most - promised));
+}
+
+fn mappings() {
     let mut honest: Vec<Peer> = (0..384).map(|_| Peer::new().unwrap()).collect();
     assert!(honest[0].has_its_promise());
     let mut greedy = Vec::new();

@@ -18,6 +18,10 @@ pub struct Options {
 /// Formatting and lints, then unit and property tests, then whole-system tests, one at a time: they share two processors.
 pub fn run(options: &Options) -> Result<()> {
     let filter = options.filter.as_deref();
+    if !options.quick {
+        // Unit tests, too, compare with these programs where they find them.
+        switchyard_tests::setup::ensure(&switchyard_tests::setup::all_packages())?;
+    }
     if filter.is_none() {
         lint::run()?;
     }
@@ -26,7 +30,6 @@ pub fn run(options: &Options) -> Result<()> {
     if options.quick {
         return Ok(());
     }
-    switchyard_tests::setup::ensure(&switchyard_tests::setup::all_packages())?;
     cargo(&["build", "--package", "host", "--package", "hypervisor", "--bins"])?;
     let whole = ["test", "--package", "switchyard-tests", "--"];
     cargo(&[&whole[..], &["--test-threads=1"], &filter.into_iter().collect::<Vec<_>>()].concat())

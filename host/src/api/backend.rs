@@ -5,7 +5,7 @@ use std::time::Duration;
 use vmq::Mac;
 use vswitch::error::FabricError;
 use vswitch::fabric::{Capture, CaptureSpec, CapturedFrame, Fabric, PortChange};
-use vswitch::report::{AddressReport, FabricReport};
+use vswitch::report::{AddressList, FabricReport};
 use vswitch::spec::{PortSpec, SwitchSpec};
 
 /// Outcome of a request to the switch.
@@ -22,7 +22,7 @@ pub trait Backend: Send + Sync + 'static {
     fn change_port(&self, switch: &str, port: &str, change: PortChange) -> Outcome<()>;
     fn restart_port(&self, switch: &str, port: &str) -> Outcome<()>;
     fn pin_queue(&self, switch: &str, port: &str, queue: u16, cpu: Option<usize>) -> Outcome<()>;
-    fn addresses(&self, switch: &str) -> Outcome<Vec<AddressReport>>;
+    fn addresses(&self, switch: &str, port: Option<&str>, limit: usize) -> Outcome<AddressList>;
     fn flush(&self, switch: &str, port: Option<&str>) -> Outcome<usize>;
     fn add_address(&self, switch: &str, port: &str, mac: Mac, vlan: u16) -> Outcome<()>;
     fn remove_address(&self, switch: &str, mac: Mac, vlan: u16) -> Outcome<()>;
@@ -70,8 +70,8 @@ impl Backend for Fabric {
         self.pin_queue(switch, port, queue, cpu)
     }
 
-    fn addresses(&self, switch: &str) -> Outcome<Vec<AddressReport>> {
-        self.addresses(switch)
+    fn addresses(&self, switch: &str, port: Option<&str>, limit: usize) -> Outcome<AddressList> {
+        self.addresses(switch, port, limit)
     }
 
     fn flush(&self, switch: &str, port: Option<&str>) -> Outcome<usize> {

@@ -39,7 +39,7 @@ pub enum Kind {
     Invalid,
     /// The host refused, or the daemon has a bug.
     Failed,
-    /// Too many captures run already.
+    /// Too many captures, or orders to virtual machines, run already.
     Busy,
 }
 

@@ -93,7 +93,7 @@ pub(super) async fn openapi() -> Response {
 
 pub(super) async fn report(State(api): Shared) -> Answer {
     let report = api.blocking(|backend| Ok::<_, Failure>(backend.report())).await?;
-    let (vms, warnings) = api.with_vms(|vms| Ok::<_, Failure>((vms.list(), vms.warnings()))).await?;
+    let (vms, warnings) = api.look_at_vms(|vms| (vms.list(), vms.warnings())).await?;
     let FabricReport { switches, workers } = report;
     let report = json!({ "switches": switches, "workers": workers, "vms": vms, "warnings": warnings });
     Ok(Json(report).into_response())
@@ -189,7 +189,10 @@ pub(super) async fn restart_port(
     State(api): Shared,
     Named((switch, port)): Named<(String, String)>,
 ) -> Answer {
-    api.blocking(move |backend| backend.restart_port(&switch, &port)).await?;
+    let (switch, port) =
+        api.blocking(move |backend| backend.restart_port(&switch, &port).map(|()| (switch, port))).await?;
+    // An emulated adapter's socket went with the port's old life; its VM makes another.
+    api.look_at_vms(move |vms| vms.reconnect(&switch, &port)).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
@@ -218,16 +221,16 @@ pub(super) async fn list_addresses(
     Named(switch): Named<String>,
     Asked(asked): Asked<AddressesAsked>,
 ) -> Answer {
-    let (total, list) = api
+    let limit = asked.limit.unwrap_or(LISTED_ADDRESSES);
+    let json = api
         .blocking(move |backend| {
-            let mut list = backend.addresses(&switch)?;
-            list.retain(|address| asked.port.as_ref().is_none_or(|port| address.port == *port));
-            let total = list.len();
-            list.truncate(asked.limit.unwrap_or(LISTED_ADDRESSES));
-            Ok::<_, FabricError>((total, list))
+            let list = backend.addresses(&switch, asked.port.as_deref(), limit)?;
+            // Here, too: it may take as long as the listing.
+            let json = serde_json::to_vec(&list);
+            json.map_err(|error| FabricError::failed("listing the addresses", error))
         })
         .await?;
-    Ok(Json(json!({ "total": total, "addresses": list })).into_response())
+    Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response())
 }
 
 pub(super) async fn add_address(

@@ -14,7 +14,7 @@ use crate::vm::VmReport;
 
 pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Failure> {
     let report = api.blocking(|backend| Ok::<_, Failure>(backend.report())).await?;
-    let vms = api.with_vms(|vms| Ok::<_, Failure>(vms.list())).await?;
+    let vms = api.look_at_vms(|vms| vms.list()).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text(&report, &vms))
         .into_response())
 }

@@ -26,6 +26,9 @@ pub use server::{BindError, Listener, serve};
 /// The contract of the API.
 pub const OPENAPI: &str = include_str!("../../../docs/operators/openapi.json");
 
+/// Looks at all virtual machines at once.
+const LOOKS: usize = 4;
+
 /// What clients cannot exceed, so that none of them keeps others from the daemon.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -33,6 +36,8 @@ pub struct Limits {
     pub connections: usize,
     /// Captures that run at once.
     pub captures: usize,
+    /// Orders to virtual machines that are carried out at once. Each may wait for its guest.
+    pub orders: usize,
     /// Bytes of a request's body.
     pub body: usize,
     /// Time for a request's head.
@@ -48,6 +53,7 @@ impl Default for Limits {
         Self {
             connections: 256,
             captures: 16,
+            orders: 8,
             body: 1 << 20,
             head_time: Duration::from_secs(5),
             body_time: Duration::from_secs(10),
@@ -62,6 +68,8 @@ pub struct Api {
     vms: Arc<Manager>,
     limits: Limits,
     captures: Arc<Semaphore>,
+    orders: Arc<Semaphore>,
+    looks: Arc<Semaphore>,
     stopping: AtomicBool,
 }
 
@@ -74,8 +82,10 @@ impl std::fmt::Debug for Api {
 impl Api {
     /// An API over a switch and its virtual machines.
     pub fn new(backend: Arc<dyn Backend>, vms: Arc<Manager>, limits: Limits) -> Arc<Self> {
-        let captures = Arc::new(Semaphore::new(limits.captures));
-        Arc::new(Self { backend, vms, limits, captures, stopping: AtomicBool::new(false) })
+        let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        let (captures, orders, looks) =
+            (semaphore(limits.captures), semaphore(limits.orders), semaphore(LOOKS));
+        Arc::new(Self { backend, vms, limits, captures, orders, looks, stopping: AtomicBool::new(false) })
     }
 
     /// Captures end, each with its statistics.
@@ -98,15 +108,41 @@ impl Api {
         wait_for(move || work(api.backend.as_ref()).map_err(Into::into)).await
     }
 
-    /// Does `work` with the virtual machines on a thread that may block.
+    /// Does `work` with the virtual machines on a thread that may block, if not too many do already: the threads are
+    /// the switch's as well.
     async fn with_vms<T, E, F>(self: &Arc<Self>, work: F) -> Result<T, Failure>
     where
         T: Send + 'static,
         E: Into<Failure> + Send + 'static,
         F: FnOnce(&Manager) -> Result<T, E> + Send + 'static,
     {
+        let Ok(permit) = Arc::clone(&self.orders).try_acquire_owned() else {
+            let most = self.limits.orders;
+            let detail = format!("{most} orders to virtual machines are being carried out; try again");
+            return Err(Failure::new(Kind::Busy, detail));
+        };
         let api = Arc::clone(self);
-        wait_for(move || work(&api.vms).map_err(Into::into)).await
+        wait_for(move || {
+            // Held also when the client has gone.
+            let _permit = permit;
+            work(&api.vms).map_err(Into::into)
+        })
+        .await
+    }
+
+    /// Does `work`, which waits for no guest, with the virtual machines; after others, if there are many.
+    async fn look_at_vms<T, F>(self: &Arc<Self>, work: F) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Manager) -> T + Send + 'static,
+    {
+        let permit = Arc::clone(&self.looks).acquire_owned().await;
+        let api = Arc::clone(self);
+        wait_for(move || {
+            let _permit = permit;
+            Ok(work(&api.vms))
+        })
+        .await
     }
 }
 

@@ -49,7 +49,7 @@ fn order(work: fn(&Manager, &str) -> Result<(), VmError>) -> MethodRouter<Arc<Ap
 }
 
 async fn list(State(api): Shared) -> Answer {
-    Ok(Json(api.with_vms(|vms| Ok::<_, Failure>(vms.list())).await?).into_response())
+    Ok(Json(api.look_at_vms(Manager::list).await?).into_response())
 }
 
 async fn show(State(api): Shared, Named(vm): Named<String>) -> Answer {

@@ -123,6 +123,7 @@ pub struct Vm {
     pub changed: bool,
     pub uptime: Option<f64>,
     pub pid: Option<u32>,
+    pub user: Option<u32>,
     pub vmbus: Option<String>,
     pub nics: Vec<NicStatus>,
     pub guest: Guest,

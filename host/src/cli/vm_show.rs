@@ -102,6 +102,11 @@ pub fn attention(vms: &[Vm]) -> Vec<(u8, String, &'static str, Ink, String)> {
     rows
 }
 
+fn worker(vm: &Vm) -> String {
+    let user = vm.user.map(|user| format!(", user {user}")).unwrap_or_default();
+    vm.pid.map(|pid| format!("process {pid}{user}")).unwrap_or_default()
+}
+
 /// Everything about one VM.
 pub fn machine(vm: &Vm, colour: bool) -> String {
     let mut out = String::new();
@@ -125,7 +130,7 @@ pub fn machine(vm: &Vm, colour: bool) -> String {
         ("initrd", vm.initrd.clone().unwrap_or_default()),
         ("cmdline", vm.cmdline.clone()),
         ("directory", vm.directory.clone()),
-        ("worker", vm.pid.map(|pid| format!("process {pid}")).unwrap_or_default()),
+        ("worker", worker(vm)),
         ("cgroup", vm.cpu.cgroup.clone().unwrap_or_default()),
     ];
     for (key, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {

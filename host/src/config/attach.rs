@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use vswitch::spec::{Attachment, Pace, PortSpec, SocketMode, TapSpec};
 
-use super::field::{Field, Section};
+use super::field::{Field, Section, wide};
 use super::names::{MAX_SOCKET_PATH, check_device};
 
 /// Keys of which a port has exactly one.
@@ -65,7 +65,7 @@ pub(super) fn attachment(port: &Section<'_>, source: Source<'_>) -> Option<Attac
 /// `queues`, 1 unless given; none if it is wrong.
 fn queues(section: &Section<'_>) -> Option<u16> {
     match section.get("queues") {
-        Some(field) => field.integer(1..=i128::from(PortSpec::MAX_QUEUES)),
+        Some(field) => field.integer(wide(PortSpec::QUEUES_RANGE)),
         None => Some(1),
     }
 }
@@ -118,8 +118,9 @@ fn descriptors(field: &Field<'_>, source: Source<'_>) -> Option<Vec<i32>> {
         return field.refuse("descriptors are inherited when the daemon starts, expected `name`");
     }
     let list: Vec<i32> = field.sequence(&(3..=i128::from(i32::MAX)))?;
-    if list.len() > usize::from(PortSpec::MAX_QUEUES) {
-        let (found, most) = (list.len(), PortSpec::MAX_QUEUES);
+    let most = *PortSpec::QUEUES_RANGE.end();
+    if list.len() > usize::from(most) {
+        let found = list.len();
         return field.refuse(format!("found {found} descriptors, expected at most {most}"));
     }
     match list.iter().enumerate().find(|&(index, fd)| list[..index].contains(fd)) {

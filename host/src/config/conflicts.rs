@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use vswitch::spec::{Attachment, PortSpec, TapSpec};
+use vswitch::spec::{Attachment, PortSpec, StaticAddress, TapSpec};
 
 use super::node::quoted;
 use super::problem::{Problems, suggestion};
@@ -56,29 +56,35 @@ pub(super) fn check(
 ) {
     let mut claimed = BTreeMap::from([(Claim::Socket(api.display().to_string()), "api.socket".to_owned())]);
     for SwitchConfig { switch, ports } in switches {
-        let mut addresses = BTreeMap::new();
-        for port in ports {
+        for (at, port) in ports.iter().enumerate() {
+            let line = line(&switch.name, &port.name);
             let path = format!("switch.{}.port.{}", switch.name, port.name);
             for (key, claim) in claims(port) {
                 if let Some(other) = claimed.get(&claim) {
                     let message = format!("{claim} is taken by {other}, expected another");
-                    problems.add(line(&switch.name, &port.name), format!("{path}.{key}"), message);
+                    problems.add(line, format!("{path}.{key}"), message);
                 } else {
                     claimed.insert(claim, path.clone());
                 }
             }
-            for address in &port.addresses {
-                let previous = addresses.insert((address.mac, address.vlan), port.name.as_str());
-                if let Some(other) = previous.filter(|other| *other != port.name) {
-                    let message = format!(
-                        "{} in VLAN {} is an address of port {other} already, expected one port",
-                        address.mac, address.vlan
-                    );
-                    problems.add(line(&switch.name, &port.name), format!("{path}.addresses"), message);
-                }
+            if let Some((other, address)) = clash(port, ports.iter().take(at)) {
+                let key = if port.addresses.contains(&address) { "addresses" } else { "mac" };
+                problems.add(line, format!("{path}.{key}"), already(other, address));
             }
         }
     }
+}
+
+/// The first of `others` that has an address of `port`'s.
+fn clash<'a>(
+    port: &PortSpec,
+    mut others: impl Iterator<Item = &'a PortSpec>,
+) -> Option<(&'a PortSpec, StaticAddress)> {
+    others.find_map(|other| Some((other, port.clash(other)?)))
+}
+
+fn already(port: &PortSpec, StaticAddress { mac, vlan }: StaticAddress) -> String {
+    format!("{mac} in VLAN {vlan} is the address of port {} already, expected another", port.name)
 }
 
 /// Reports adapters without a switch, whose port's name is taken, or whose address another has. `line` finds the line of
@@ -111,23 +117,31 @@ pub(super) fn check_vms(
             problems.add(line(&vm.name, index), format!("{path}.name"), message);
         }
     }
-    check_addresses(vms, line, problems);
+    check_addresses(vms, switches, line, problems);
 }
 
-/// Reports station addresses that two adapters on one switch have.
+/// Reports station addresses that an adapter and another adapter or port on its switch have.
 pub(super) fn check_addresses(
     vms: &[VmSpec],
+    switches: &[SwitchConfig],
     line: impl Fn(&str, usize) -> Option<usize>,
     problems: &Problems,
 ) {
-    let mut addresses = BTreeMap::new();
+    let mut known: BTreeMap<_, _> =
+        switches.iter().map(|config| (config.switch.name.as_str(), config.ports.clone())).collect();
     for (vm, index, nic) in nics(vms) {
-        let own = port_name(&vm.name, &nic.name);
-        let key = (nic.switch.as_str(), nic.mac.as_str(), format!("{:?}", nic.vlan));
-        if let Some(other) = addresses.insert(key, own) {
-            let message = format!("{} is the address of {other} already, expected another", nic.mac);
-            problems.add(line(&vm.name, index), format!("vm.{}.nic[{index}].mac", vm.name), message);
+        let attachment = Attachment::Legacy { vm: vm.name.clone(), nic: nic.name.clone() };
+        let port = PortSpec {
+            mac: nic.mac.parse().ok(),
+            vlan: nic.vlan.clone(),
+            ..PortSpec::new(port_name(&vm.name, &nic.name), attachment)
+        };
+        let others = known.entry(nic.switch.as_str()).or_default();
+        if let Some((other, address)) = clash(&port, others.iter()) {
+            let path = format!("vm.{}.nic[{index}].mac", vm.name);
+            problems.add(line(&vm.name, index), path, already(other, address));
         }
+        others.push(port);
     }
 }
 

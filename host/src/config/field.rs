@@ -205,6 +205,12 @@ impl<'a> Section<'a> {
     }
 }
 
+/// A range of the switch's, as integers are read.
+pub(super) fn wide<T: TryInto<i128> + Copy>(range: RangeInclusive<T>) -> RangeInclusive<i128> {
+    let wide = |value: T| value.try_into().unwrap_or(i128::MAX);
+    wide(*range.start())..=wide(*range.end())
+}
+
 /// `"a", "b" or "c"`.
 fn one_of(words: &[&str]) -> String {
     let quoted: Vec<_> = words.iter().map(|word| format!("\"{word}\"")).collect();

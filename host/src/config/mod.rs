@@ -330,7 +330,7 @@ pub fn vm_request(json: serde_json::Value, cpus: &[usize]) -> Result<VmSpec, Con
         name.and(spec)
     });
     if let Some(spec) = &spec {
-        conflicts::check_addresses(std::slice::from_ref(spec), |_, _| None, &problems);
+        conflicts::check_addresses(std::slice::from_ref(spec), &[], |_, _| None, &problems);
     }
     problems.finish(None, spec)
 }

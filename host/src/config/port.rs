@@ -1,7 +1,5 @@
 //! A port's table, in the file and in a request alike.
 
-use std::ops::RangeInclusive;
-
 use vmq::Mac;
 use vmq::filter::{MAX_FILTERS, MAX_VLAN};
 use vmq::rss::MIN_KEY_LEN;
@@ -12,7 +10,7 @@ use vswitch::spec::{
 };
 
 use super::attach::{Source, attachment};
-use super::field::{Field, Section};
+use super::field::{Field, Section, wide};
 use super::node::Value;
 
 pub(super) const PORT_KEYS: &[&str] = &[
@@ -38,8 +36,6 @@ pub(super) const ADDRESS_KEYS: &[&str] = &["mac", "vlan"];
 pub(super) const VMQ_KEYS: &[&str] = &["mac", "vlan", "queues"];
 pub(super) const RSS_KEYS: &[&str] = &["key", "table"];
 
-/// A VLAN that frames can be in.
-const VLANS: RangeInclusive<i128> = 1..=MAX_VLAN as i128;
 /// Most entries of an RSS table.
 pub(super) const MAX_RSS_TABLE: usize = 512;
 
@@ -63,7 +59,7 @@ pub(super) fn port(name: &str, section: &Section<'_>, around: Surroundings<'_>) 
     }
     let vlan = section.get("vlan").map_or(Some(VlanMode::Passthrough), |field| vlan(&field));
     // What could not be read does not bound what follows.
-    let queues = attachment.as_ref().map_or(PortSpec::MAX_QUEUES, Attachment::queues);
+    let queues = attachment.as_ref().map_or(*PortSpec::QUEUES_RANGE.end(), Attachment::queues);
     let carried = vlan.clone().unwrap_or_default();
 
     // Without an attachment the other keys are read all the same, for the sake of their mistakes.
@@ -123,7 +119,7 @@ pub(super) fn change(section: &Section<'_>) -> PortChange {
 pub(super) const CHANGE_KEYS: &[&str] = &["mtu", "vlan", "security", "coalesce"];
 
 pub(super) fn mtu(field: &Field<'_>) -> Option<u16> {
-    field.integer(i128::from(PortSpec::MIN_MTU)..=i128::from(PortSpec::MAX_MTU))
+    field.integer(wide(PortSpec::MTU_RANGE))
 }
 
 fn security(field: &Field<'_>) -> Option<(bool, Option<u32>)> {
@@ -138,8 +134,11 @@ fn security(field: &Field<'_>) -> Option<(bool, Option<u32>)> {
 pub(super) fn address_limit(field: &Field<'_>) -> Option<Option<u32>> {
     match &field.node.value {
         Value::Text(text) if text == "none" => Some(None),
-        Value::Integer(_) => field.integer(1..=SwitchSpec::MAX_ADDRESSES as i128).map(Some),
-        _ => field.unexpected(format_args!("an integer from 1 to {} or \"none\"", SwitchSpec::MAX_ADDRESSES)),
+        Value::Integer(_) => field.integer(wide(SwitchSpec::ADDRESSES_RANGE)).map(Some),
+        _ => field.unexpected(format_args!(
+            "an integer from 1 to {} or \"none\"",
+            SwitchSpec::ADDRESSES_RANGE.end()
+        )),
     }
 }
 
@@ -152,10 +151,10 @@ pub(super) fn vlan(field: &Field<'_>) -> Option<VlanMode> {
     }
     let section = field.section(VLAN_KEYS)?;
     match (section.get("access"), section.get("trunk"), section.get("native")) {
-        (Some(access), None, None) => access.integer(VLANS).map(VlanMode::Access),
+        (Some(access), None, None) => access.integer(wide(VlanMode::IDS)).map(VlanMode::Access),
         (None, Some(trunk), native) => {
-            let members = trunk.set(&VLANS);
-            let native = native.map_or(Some(None), |native| native.integer(VLANS).map(Some));
+            let members = trunk.set(&wide(VlanMode::IDS));
+            let native = native.map_or(Some(None), |native| native.integer(wide(VlanMode::IDS)).map(Some));
             let mut members: Vec<u16> = members?;
             members.sort_unstable();
             Some(VlanMode::Trunk { members, native: native? })
@@ -176,30 +175,24 @@ pub(super) fn private(field: &Field<'_>) -> Option<PrivateVlan> {
 /// `mac` and `vlan` of a list's item. The VLAN of an access port need not be repeated.
 fn station(section: &Section<'_>, carried: &VlanMode) -> Option<(Mac, u16)> {
     let mac = section.require("mac", "a MAC address").and_then(|field| field.mac());
-    let vlan = match (section.get("vlan"), carried) {
+    let vlan = match (section.get("vlan"), carried.untagged()) {
         (Some(field), _) => {
             let vlan = field.integer(0..=i128::from(MAX_VLAN))?;
             carries(carried, vlan).map_or_else(|expected| field.refuse(expected), |()| Some(vlan))
         }
-        (None, VlanMode::Access(vlan)) => Some(*vlan),
-        (None, VlanMode::Trunk { native: Some(vlan), .. }) => Some(*vlan),
-        (None, VlanMode::Trunk { native: None, .. }) => {
+        (None, Some(vlan)) => Some(vlan),
+        (None, None) => {
             section.refuse("names no VLAN, expected `vlan`: the port is a trunk without native VLAN")
         }
-        (None, VlanMode::Passthrough) => Some(0),
     };
     Some((mac?, vlan?))
 }
 
 fn carries(carried: &VlanMode, vlan: u16) -> Result<(), String> {
     match carried {
-        VlanMode::Access(access) if *access != vlan => {
-            Err(format!("{vlan} is not the port's VLAN, expected {access}"))
-        }
-        VlanMode::Trunk { members, native } if !members.contains(&vlan) && *native != Some(vlan) => {
-            Err(format!("{vlan} is no VLAN of the trunk, expected a member or the native VLAN"))
-        }
-        _ => Ok(()),
+        carried if carried.carries(vlan) => Ok(()),
+        VlanMode::Access(access) => Err(format!("{vlan} is not the port's VLAN, expected {access}")),
+        _ => Err(format!("{vlan} is no VLAN of the trunk, expected a member or the native VLAN")),
     }
 }
 

@@ -88,7 +88,7 @@ pub const GROUPS: &[Group] = &[
             key("switch.NAME.addresses", "1 to 1048576", "16384", "Addresses that the table holds."),
             key(
                 "switch.NAME.aging",
-                "10 to 1000000 seconds",
+                "10 to 524287 seconds",
                 "300",
                 "When an address that was not seen is forgotten.",
             ),
@@ -188,7 +188,7 @@ pub const GROUPS: &[Group] = &[
                 "switch.NAME.port.PORT.mac",
                 "MAC address of a station",
                 "none",
-                "The guest's address. It is static on this port, and the port may send from no other.",
+                "The guest's address. It belongs to this port in all its VLANs, and the port may send from no other.",
             ),
             key(
                 "switch.NAME.port.PORT.security.mac-spoofing",
@@ -260,7 +260,7 @@ pub const GROUPS: &[Group] = &[
                 "switch.NAME.port.PORT.vmq[].mac",
                 "MAC address of a station",
                 "required",
-                "Frames for this address go to some queues only; at most 1024 filters a port.",
+                "Frames for this address go to some queues only, by their hash; at most 1024 filters a port.",
             ),
             key(
                 "switch.NAME.port.PORT.vmq[].vlan",
@@ -272,7 +272,7 @@ pub const GROUPS: &[Group] = &[
                 "switch.NAME.port.PORT.vmq[].queues",
                 "list of queue numbers, or text such as \"0-3\"",
                 "required",
-                "Those queues.",
+                "Those queues, of them those that the guest has enabled. Without any the address has no filter.",
             ),
             key(
                 "switch.NAME.port.PORT.rss.key",
@@ -283,8 +283,8 @@ pub const GROUPS: &[Group] = &[
             key(
                 "switch.NAME.port.PORT.rss.table",
                 "list of queue numbers, a power of two of them up to 512",
-                "128 entries in turn",
-                "Indirection table.",
+                "128 entries in turn, of queues that no filter has",
+                "Indirection table, for frames whose address has no filter. A synthetic adapter's guest may bring its own.",
             ),
             key(
                 "switch.NAME.port.PORT.pin",
@@ -327,7 +327,7 @@ pub const GROUPS: &[Group] = &[
                 "vm.NAME.memory.huge",
                 "true, false",
                 "false",
-                "Back it with the host's huge pages (2 MiB, from the pool).",
+                "Back it with the host's huge pages (2 MiB, from the pool); not with dynamic memory.",
             ),
             key("vm.NAME.vcpus", "1 to 64", "1", "Virtual processors."),
             key(

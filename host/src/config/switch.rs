@@ -3,15 +3,13 @@
 use vswitch::spec::{Attachment, PortSpec, SwitchKind, SwitchSpec, TapSpec};
 
 use super::attach::{Source, device};
-use super::field::{Field, Section};
+use super::field::{Field, Section, wide};
 use super::names::{MAX_DEVICE, check_name};
 use super::node::Value;
 use super::port::{PORT_KEYS, Surroundings, port};
 
 pub(super) const SWITCH_KEYS: &[&str] = &["type", "addresses", "aging", "uplink", "host", "port"];
 
-/// Range of [`SwitchSpec::aging`].
-pub(super) const AGING: std::ops::RangeInclusive<i128> = 10..=1_000_000;
 /// Name of the port that `uplink = "eth0"` makes.
 pub const UPLINK_PORT: &str = "uplink";
 /// Name of the port that an internal switch has for the host.
@@ -42,10 +40,10 @@ pub(super) fn switch(
         aging: SwitchSpec::AGING,
     };
     if let Some(field) = section.get("addresses") {
-        spec.addresses = field.integer(1..=SwitchSpec::MAX_ADDRESSES as i128).unwrap_or(spec.addresses);
+        spec.addresses = field.integer(wide(SwitchSpec::ADDRESSES_RANGE)).unwrap_or(spec.addresses);
     }
     if let Some(field) = section.get("aging") {
-        spec.aging = field.integer(AGING).unwrap_or(spec.aging);
+        spec.aging = field.integer(wide(SwitchSpec::AGING_RANGE)).unwrap_or(spec.aging);
     }
     let mut ports: Vec<_> = kind.and_then(|kind| outer_port(section, name, kind)).into_iter().collect();
     if let Some(table) = section.get("port").and_then(|field| field.entries("a table of ports by name")) {

@@ -1,5 +1,7 @@
 //! Configurations, good and bad; each bad one with the very message it gets.
 
+mod ranges;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -73,7 +75,11 @@ fn wrong_text_names_line_key_found_and_expected() {
         ),
         (
             "[switch.lab]\ntype = \"private\"\naging = 9\n",
-            "3: switch.lab.aging: 9 is out of range, expected 10 to 1000000",
+            "3: switch.lab.aging: 9 is out of range, expected 10 to 524287",
+        ),
+        (
+            "[switch.lab]\ntype = \"private\"\naging = 524288\n",
+            "3: switch.lab.aging: 524288 is out of range, expected 10 to 524287",
         ),
         (
             "[switch.lab]\ntype = \"private\"\naddresses = 1048577\n",
@@ -313,11 +319,36 @@ fn things_wanted_by_two_ports_are_refused() {
         (
             "tap.name = \"t\"\naddresses = [{ mac = \"02:00:00:00:00:01\" }]",
             "tap.name = \"u\"\naddresses = [{ mac = \"02:00:00:00:00:01\" }]",
-            "8: switch.lab.port.b.addresses: 02:00:00:00:00:01 in VLAN 0 is an address of port a already, expected one port",
+            "8: switch.lab.port.b.addresses: 02:00:00:00:00:01 in VLAN 0 is the address of port a already, expected another",
+        ),
+        (
+            "tap.name = \"t\"\nmac = \"02:00:00:00:00:01\"",
+            "tap.name = \"u\"\nmac = \"02:00:00:00:00:01\"",
+            "8: switch.lab.port.b.mac: 02:00:00:00:00:01 in VLAN 0 is the address of port a already, expected another",
+        ),
+        (
+            "tap.name = \"t\"\naddresses = [{ mac = \"02:00:00:00:00:01\" }]",
+            "tap.name = \"u\"\nmac = \"02:00:00:00:00:01\"",
+            "8: switch.lab.port.b.mac: 02:00:00:00:00:01 in VLAN 0 is the address of port a already, expected another",
+        ),
+        (
+            "tap.name = \"t\"\nmac = \"02:00:00:00:00:01\"",
+            "tap.name = \"u\"\naddresses = [{ mac = \"02:00:00:00:00:01\", vlan = 7 }]",
+            "8: switch.lab.port.b.addresses: 02:00:00:00:00:01 in VLAN 7 is the address of port a already, expected another",
+        ),
+        (
+            "tap.name = \"t\"\nmac = \"02:00:00:00:00:01\"\nvlan.access = 7",
+            "tap.name = \"u\"\nmac = \"02:00:00:00:00:01\"\nvlan = { trunk = [6, 7] }",
+            "9: switch.lab.port.b.mac: 02:00:00:00:00:01 in VLAN 7 is the address of port a already, expected another",
         ),
     ] {
         assert_eq!(refused(&text(a, b)), format!("switchyard.toml:{expected}"));
     }
+    let apart = text(
+        "tap.name = \"t\"\nmac = \"02:00:00:00:00:01\"\nvlan.access = 8",
+        "tap.name = \"u\"\nmac = \"02:00:00:00:00:01\"\nvlan = { trunk = [6, 7] }",
+    );
+    read(&apart).expect("ports that share no VLAN may share an address");
     let host = "[switch.one]\ntype = \"internal\"\n[switch.two]\ntype = \"internal\"\nhost = \"yard-one\"\n";
     assert_eq!(
         refused(host),
@@ -488,7 +519,7 @@ fn wrong_request_is_refused_in_the_same_words() {
         assert!(message.contains(expected), "{message}\n{expected}");
     }
     let message = switch_request(json!({"name": "a", "type": "private", "aging": 1}), &[0]);
-    assert_eq!(message.expect_err("wrong").to_string(), "aging: 1 is out of range, expected 10 to 1000000");
+    assert_eq!(message.expect_err("wrong").to_string(), "aging: 1 is out of range, expected 10 to 524287");
 }
 
 #[test]
@@ -609,7 +640,15 @@ fn wrong_vm_key_names_line_key_found_and_expected() {
         ),
         (
             "[[vm.web.nic]]\nname = \"a\"\nswitch = \"lab\"\nmac = \"02:00:00:00:00:01\"\n[[vm.web.nic]]\nname = \"b\"\nswitch = \"lab\"\nmac = \"02:00:00:00:00:01\"",
-            "10: vm.web.nic[1].mac: 02:00:00:00:00:01 is the address of web.a already, expected another",
+            "10: vm.web.nic[1].mac: 02:00:00:00:00:01 in VLAN 0 is the address of port web.a already, expected another",
+        ),
+        (
+            "[[vm.web.nic]]\nname = \"a\"\nswitch = \"lab\"\nmac = \"02:00:00:00:00:01\"\n[[vm.web.nic]]\nname = \"b\"\nswitch = \"lab\"\nvlan.trunk = [7]\nmac = \"02:00:00:00:00:01\"",
+            "10: vm.web.nic[1].mac: 02:00:00:00:00:01 in VLAN 7 is the address of port web.a already, expected another",
+        ),
+        (
+            "[[vm.web.nic]]\nname = \"e\"\nswitch = \"lab\"\nmac = \"02:00:00:00:00:01\"\n[switch.lab.port.red]\ntap.name = \"t\"\nmac = \"02:00:00:00:00:01\"",
+            "6: vm.web.nic[0].mac: 02:00:00:00:00:01 in VLAN 0 is the address of port red already, expected another",
         ),
         (
             "[[vm.web.nic]]\nname = \"e\"\nswitch = \"lab\"\n[switch.lab.port.\"web.e\"]\ntap.name = \"t\"",
@@ -642,6 +681,10 @@ fn wrong_vm_key_names_line_key_found_and_expected() {
         (
             "memory = { startup = \"64M\", huge = 1 }",
             "2: vm.web.memory.huge: found 1, expected true or false".to_owned(),
+        ),
+        (
+            "memory = { startup = \"64M\", maximum = \"128M\", huge = true }",
+            "2: vm.web.memory.huge: is true with dynamic memory, expected false, or `minimum` and `maximum` equal to `startup`: huge pages cannot be given back in pieces".to_owned(),
         ),
         ("memory = \"64M\"", "1: vm.web.kernel: is missing, expected the path of a bzImage".to_owned()),
     ] {

@@ -7,7 +7,7 @@ use hypervisor::control::{Baseline, MAX_VCPUS, Memory, NicKind, Services};
 use vswitch::spec::{PortSpec, VlanMode};
 
 use super::attach::Source;
-use super::field::{Field, Section};
+use super::field::{Field, Section, wide};
 use super::names::{MAX_NAME, check_name};
 use super::node::{Value, quoted};
 use super::port::{self, address_limit, mtu, private, vlan};
@@ -153,7 +153,14 @@ fn memory(field: &Field<'_>) -> Option<Memory> {
         let field = section.get("maximum")?;
         return field.refuse("is less than `startup`, expected at least that");
     }
-    Some(Memory { startup, minimum, maximum, huge: huge? })
+    let huge = huge?;
+    if huge && minimum < maximum {
+        let field = section.get("huge")?;
+        return field.refuse(
+            "is true with dynamic memory, expected false, or `minimum` and `maximum` equal to `startup`: huge pages cannot be given back in pieces",
+        );
+    }
+    Some(Memory { startup, minimum, maximum, huge })
 }
 
 fn cmdline(field: &Field<'_>) -> Option<String> {
@@ -300,7 +307,7 @@ fn nic_name(vm: &str, field: &Field<'_>) -> Option<String> {
 
 fn queues(section: &Section<'_>, kind: Option<NicKind>) -> Option<u16> {
     let Some(field) = section.get("queues") else { return Some(1) };
-    let queues = field.integer(1..=i128::from(PortSpec::MAX_QUEUES))?;
+    let queues = field.integer(wide(PortSpec::QUEUES_RANGE))?;
     if queues > 1 && kind == Some(NicKind::Legacy) {
         return field.refuse(format!("{queues} is too many for a legacy adapter, expected 1"));
     }

@@ -2,7 +2,7 @@
 //! can ever take. They lie in a group of their own below the hierarchy's root, not in that of the daemon's service: a
 //! service manager that ends all of a service's group leaves the VMs alone.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::spec::{CpuSpec, VmSpec};
@@ -65,6 +65,17 @@ impl Cgroups {
                 Err(format!("{}: {error}", path.display()))
             }
             _ => Ok(Cgroup { path, kept_to: None }),
+        }
+    }
+
+    /// Removes the group of VM `name`, if there is one; it must be empty.
+    pub fn remove(&self, name: &str) {
+        let Ok(group) = &self.0 else { return };
+        match std::fs::remove_dir(group.path.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("{}: {error}", group.path.join(name).display());
+            }
+            _ => {}
         }
     }
 
@@ -170,14 +181,10 @@ impl Cgroup {
 
     fn write(&self, file: &str, value: &str) -> Result<(), String> {
         let path = self.path.join(file);
-        std::fs::write(&path, value).map_err(|error| format!("{}: {error}", path.display()))
-    }
-
-    /// Removes it; it must be empty.
-    pub fn remove(self) {
-        if let Err(error) = std::fs::remove_dir(&self.path) {
-            tracing::debug!("{}: {error}", self.path.display());
-        }
+        let mut open = std::fs::OpenOptions::new();
+        let open = open.write(true).truncate(true).open(&path);
+        let written = open.and_then(|mut file| file.write_all(value.as_bytes()));
+        written.map_err(|error| format!("{}: {error}", path.display()))
     }
 }
 
@@ -222,7 +229,9 @@ mod tests {
         let mut spec = spec("web");
         (spec.vcpus, spec.cpu.limit, spec.cpu.weight) = (4, 50, 300);
         let group = Cgroups::below(root.path()).group("web").unwrap();
-        std::fs::write(group.path().join("memory.max"), "max").unwrap();
+        for file in ["cpu.weight", "cpu.max", "memory.max", "cgroup.procs"] {
+            std::fs::write(group.path().join(file), "").unwrap();
+        }
         group.apply(&spec, 8).unwrap();
         group.enter(77).unwrap();
         let read =
@@ -234,6 +243,41 @@ mod tests {
         let enabled = std::fs::read_to_string(root.path().join("switchyard/cgroup.subtree_control")).unwrap();
         // A plain file keeps what was written last.
         assert_eq!(enabled, "+memory");
+    }
+
+    #[test]
+    fn kernel_takes_changes_of_weight_limit_and_reserve_while_a_process_runs() {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let root =
+            Path::new(mount(&mounts).unwrap_or("/nonexistent")).join(format!("test{}", std::process::id()));
+        let made = std::fs::create_dir(&root).map_err(|error| error.to_string());
+        let group = made.and_then(|()| Cgroups::below(&root).group("web"));
+        let Ok(group) = group else {
+            let _ = std::fs::remove_dir(&root);
+            eprintln!("skipped, no cgroup v2 with the cpu controller to write to: {group:?}");
+            return;
+        };
+        let mut process = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        group.enter(process.id()).unwrap();
+        let mut spec = spec("web");
+        spec.vcpus = 2;
+        let read = |file: &str| std::fs::read_to_string(group.path().join(file)).unwrap();
+        let mut found = Vec::new();
+        for (weight, limit, reserve) in [(100, 100, 0), (300, 50, 0), (300, 25, 50)] {
+            (spec.cpu.weight, spec.cpu.limit, spec.cpu.reserve) = (weight, limit, reserve);
+            let applied = group.apply(&spec, 4);
+            found.push((applied, read("cpu.weight"), read("cpu.max"), read("cgroup.procs")));
+        }
+        process.kill().unwrap();
+        process.wait().unwrap();
+        for path in [group.path(), &root.join(GROUP), &root] {
+            std::fs::remove_dir(path).unwrap();
+        }
+        let pid = format!("{}\n", process.id());
+        let expected =
+            [("100\n", "max 100000\n"), ("300\n", "100000 100000\n"), ("2500\n", "50000 100000\n")];
+        let expected = expected.map(|(weight, max)| (Ok(()), weight.to_owned(), max.to_owned(), pid.clone()));
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
 use super::error::VmError;
+use super::run::Aim;
 use super::spec::VmSpec;
 
 /// Only the daemon's user gets in: whoever reaches the sockets rules the VM.
@@ -21,7 +22,7 @@ const MAX_RECORD: u64 = 4 << 20;
 const MAX_LOG: u64 = 4 << 20;
 const KEPT_LOG: i64 = 1 << 20;
 
-/// What a daemon leaves to the next one.
+/// What a daemon leaves to the next one. What later versions add has a default: a record that cannot be read is a VM lost.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Record {
@@ -35,6 +36,15 @@ pub struct Record {
     pub started: u64,
     /// Times it was started again by its restart policy.
     pub restarts: u32,
+    /// What the run was to come to.
+    #[serde(default)]
+    pub aim: Aim,
+    /// An operator asked the guest to switch itself off.
+    #[serde(default)]
+    pub off_wanted: bool,
+    /// User and group of the worker, if it has its own.
+    #[serde(default)]
+    pub user: Option<u32>,
 }
 
 /// The directory of one VM.
@@ -172,15 +182,30 @@ impl Directory {
         written().map_err(VmError::file(&path))
     }
 
-    /// What an earlier daemon left.
-    pub fn read(&self) -> Result<Record, VmError> {
+    /// What an earlier daemon left, if it left anything.
+    ///
+    /// # Errors
+    /// There is a record, and it cannot be read: its worker may run.
+    pub fn read(&self) -> Result<Option<Record>, VmError> {
         let path = self.record();
-        let read = || -> io::Result<Record> {
-            let mut text = Vec::new();
-            File::open(&path)?.take(MAX_RECORD).read_to_end(&mut text)?;
-            Ok(serde_json::from_slice(&text)?)
+        let mut text = Vec::new();
+        match File::open(&path).and_then(|file| file.take(MAX_RECORD).read_to_end(&mut text)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(VmError::file(&path))?,
         };
-        read().map_err(VmError::file(&path))
+        let same = |record: Record| match self.path.ends_with(&record.spec.name) {
+            true => Ok(Some(record)),
+            false => Err(serde::de::Error::custom(format!("it is of VM {}", record.spec.name))),
+        };
+        serde_json::from_slice(&text).and_then(same).map_err(|error: serde_json::Error| {
+            let known = serde_json::from_slice::<serde_json::Value>(&text).ok();
+            let pid = known.and_then(|known| known.get("pid")?.as_u64());
+            let worker = pid.map_or_else(|| "its worker".into(), |pid| format!("its worker, process {pid},"));
+            let path = path.display();
+            VmError::Refused(format!(
+                "the record of its last run is not understood, so {worker} may still be there: end it, then remove {path} ({error})"
+            ))
+        })
     }
 
     /// Removes what a worker that ended leaves, but its logs.
@@ -269,8 +294,11 @@ mod tests {
     #[test]
     fn torn_record_is_refused() {
         let (_root, directory) = directory();
-        assert!(directory.read().is_err());
-        std::fs::write(directory.record(), "{\"pid\": 1").unwrap();
-        assert!(directory.read().unwrap_err().to_string().contains("setup.json"));
+        assert_eq!(directory.read().unwrap(), None);
+        for (text, worker) in [("{\"pid\": 1", "so its worker may"), ("{\"pid\": 12}", "process 12, may")] {
+            std::fs::write(directory.record(), text).unwrap();
+            let refused = directory.read().unwrap_err().to_string();
+            assert!(refused.contains("setup.json") && refused.contains(worker), "{refused}");
+        }
     }
 }

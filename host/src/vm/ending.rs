@@ -30,13 +30,17 @@ impl Supervisor {
     }
 
     /// Has the worker end, by force if it does not do so soon.
-    fn end(&mut self, aim: Aim) {
+    pub fn end(&mut self, aim: Aim) {
         let Life::Running(run) = &mut self.life else { return };
         run.aim = aim;
         if run.link.is_none() {
             run.process.kill();
         }
         run.kill_at.get_or_insert_with(|| Instant::now() + self.settings.patience.closing);
+        // On record before the worker is told: a daemon that takes the end for a death starts the VM again.
+        if let Err(error) = self.write_record() {
+            tracing::warn!("VM {}: a later yardd will not know that it was to end: {error}", self.spec.name);
+        }
         self.request(Command::Stop, &[], self.settings.patience.closing, Pending::Nothing);
     }
 
@@ -68,48 +72,59 @@ impl Supervisor {
         let orderly = run.process.epitaph() == Ending::Orderly;
         let death = self.lament(&mut run.process, complaint.as_deref());
         let death = format!("{death}, while it was {}", state_text(&run.state));
-        let (reason, again) = match &run.aim {
+        if run.aim == Aim::Run && run.state == State::Off && orderly {
+            run.aim = Aim::Off;
+        }
+        if run.since.elapsed() >= self.settings.patience.steady {
+            self.stumbles = 0;
+        }
+        let sequel = self.sequel(&run.aim, run.by_operator, run.off_wanted, &death);
+        self.conclude(&run.aim, sequel);
+        self.tell_the_end(*run, &death);
+    }
+
+    /// What comes of a run that ended by `death` on its way to `aim`: the reason, if that needs saying, and whether the VM is
+    /// started again.
+    pub fn sequel(
+        &self,
+        aim: &Aim,
+        by_operator: bool,
+        off_wanted: bool,
+        death: &str,
+    ) -> (Option<String>, bool) {
+        let policy = self.spec.restart;
+        match aim {
             Aim::Stop => (None, false),
-            Aim::Run if run.state == State::Off && orderly => self.after_off(&run),
-            Aim::Off => self.after_off(&run),
+            // It was asked to.
+            Aim::Off if off_wanted => (None, false),
+            Aim::Off => (Some("its guest switched itself off".into()), policy == RestartPolicy::Always),
             Aim::Again(reason) => (Some(reason.clone()), true),
-            Aim::Run => (Some(death.clone()), self.spec.restart != RestartPolicy::Never),
-            Aim::Begin => {
-                (Some(death.clone()), !run.by_operator && self.spec.restart != RestartPolicy::Never)
-            }
-        };
+            Aim::Run => (Some(death.to_owned()), policy != RestartPolicy::Never),
+            Aim::Begin => (Some(death.to_owned()), !by_operator && policy != RestartPolicy::Never),
+        }
+    }
+
+    /// The worker is no more: removes what it left, and has the VM started again if that is the `sequel`.
+    pub fn conclude(&mut self, aim: &Aim, (reason, again): (Option<String>, bool)) {
         let text = reason.as_deref().unwrap_or("stopped").escape_debug().to_string();
-        if matches!(run.aim, Aim::Run | Aim::Begin | Aim::Again(_)) {
+        if matches!(aim, Aim::Run | Aim::Begin | Aim::Again(_)) {
             tracing::warn!("VM {}: {text}", self.spec.name);
         } else {
             tracing::info!("VM {}: {text}", self.spec.name);
         }
         self.ended = reason;
         self.leave();
-        if run.since.elapsed() >= self.settings.patience.steady {
-            self.stumbles = 0;
-        }
         if again {
             self.life = Life::Waiting(Instant::now() + self.backoff());
         }
-        self.tell_the_end(*run, &death);
-    }
-
-    /// The guest switched itself off: nothing needs saying if it was asked to.
-    fn after_off(&self, run: &Run) -> (Option<String>, bool) {
-        if run.off_wanted {
-            return (None, false);
-        }
-        (Some("its guest switched itself off".into()), self.spec.restart == RestartPolicy::Always)
     }
 
     /// What a worker that ended leaves is removed, but its logs.
-    fn leave(&mut self) {
+    pub fn leave(&mut self) {
         self.directory.clear();
         self.settings.release(&self.spec.name);
-        if let Ok(cgroup) = std::mem::replace(&mut self.cgroup, Err(String::new())) {
-            cgroup.remove();
-        }
+        self.cgroup = Err(String::new());
+        self.settings.cgroups.remove(&self.spec.name);
         self.unplugged.clear();
         self.nics.lock().clone_from(&self.spec.nics);
     }

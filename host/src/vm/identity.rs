@@ -33,6 +33,11 @@ pub fn instance(vm: &str, nic: &str) -> String {
     )
 }
 
+/// A number below `count` for the user of `vm`'s worker.
+pub fn user(vm: &str, count: u32) -> u32 {
+    u32::try_from(hash(b'u', vm, "") % u64::from(count.max(1))).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -48,7 +48,21 @@ impl Manager {
     /// Defines the VMs of a configuration and takes back all that still run from before, those too that were defined
     /// while the daemon ran. Returns what went wrong, a sentence each.
     pub fn begin(&self, configured: Vec<VmSpec>) -> Vec<String> {
-        let mut records = self.records();
+        let (mut problems, mut records) = (Vec::new(), BTreeMap::new());
+        let mut lost = BTreeSet::new();
+        for (name, record) in self.records(|_| true) {
+            match record {
+                Ok(record) => {
+                    // Before any VM that starts could take it.
+                    record.user.inspect(|&user| self.settings.users.hold(&name, user));
+                    records.insert(name, record);
+                }
+                Err(error) => {
+                    problems.push(format!("vm.{name}: {error}"));
+                    lost.insert(name);
+                }
+            }
+        }
         let names: BTreeSet<_> = configured.iter().map(|spec| spec.name.clone()).collect();
         let known = configured.into_iter().map(|spec| {
             let record = records.remove(&spec.name);
@@ -56,11 +70,10 @@ impl Manager {
         });
         let mut wanted: Vec<_> = known.collect();
         wanted.extend(records.into_values().map(|record| (record.spec.clone(), Some(record))));
-        let mut problems = Vec::new();
         let mut starts = Vec::new();
         for (spec, record) in wanted {
             let name = spec.name.clone();
-            let start = spec.autostart && record.is_none() && names.contains(&name);
+            let start = spec.autostart && record.is_none() && names.contains(&name) && !lost.contains(&name);
             let made = self.add(spec, record);
             // All start at once, and are waited for below.
             match made.and_then(|()| if start { self.order(&name, Order::Start).map(Some) } else { Ok(None) })
@@ -75,19 +88,32 @@ impl Manager {
         problems
     }
 
-    /// What earlier daemons left, by VM.
-    fn records(&self) -> BTreeMap<String, Record> {
+    /// What earlier daemons left of the `wanted` VMs, by name.
+    fn records(&self, wanted: impl Fn(&str) -> bool) -> BTreeMap<String, Result<Record, VmError>> {
         let entries = match std::fs::read_dir(&self.settings.root) {
             Ok(entries) => entries,
             Err(_) => return BTreeMap::new(),
         };
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let records = names.filter(|name| check_name(name).is_ok()).filter_map(|name| {
-            let directory = Directory::new(&self.settings.root, &name);
-            let record = directory.read().ok()?;
-            (record.spec.name == name).then_some((name, record))
+        let records = names.filter(|name| check_name(name).is_ok() && wanted(name)).filter_map(|name| {
+            let record = Directory::new(&self.settings.root, &name).read().transpose()?;
+            Some((name, record))
         });
         records.collect()
+    }
+
+    /// VMs that are not defined, of which an earlier daemon left what cannot be read.
+    fn lost(&self) -> Vec<VmReport> {
+        let known: BTreeSet<String> = self.lock().keys().cloned().collect();
+        let left = self.records(|name| !known.contains(name)).into_iter();
+        let report = |(name, record): (String, Result<Record, VmError>)| {
+            let mut report =
+                VmReport::new(&VmSpec::unknown(&name), &Directory::new(&self.settings.root, &name));
+            report.state = VmState::Unknown;
+            report.reason = Some(record.err()?.to_string());
+            Some(report)
+        };
+        left.filter_map(report).collect()
     }
 
     /// Defines a VM; it is off.
@@ -150,7 +176,10 @@ impl Manager {
         order: impl FnOnce(Reply<T>) -> Order,
     ) -> Result<mpsc::Receiver<Result<T, VmError>>, VmError> {
         let machines = self.lock();
-        let machine = machines.get(name).ok_or_else(|| VmError::no_vm(name))?;
+        let Some(machine) = machines.get(name) else {
+            let left = check_name(name).is_ok().then(|| Directory::new(&self.settings.root, name).read());
+            return Err(left.and_then(Result::err).unwrap_or_else(|| VmError::no_vm(name)));
+        };
         let (reply, outcome) = mpsc::channel();
         if machine.mailbox.send(order(reply)) { Ok(outcome) } else { Err(VmError::Ending) }
     }
@@ -174,7 +203,9 @@ impl Manager {
                 Err(mpsc::RecvTimeoutError::Timeout) => self.unknown(name),
                 Err(mpsc::RecvTimeoutError::Disconnected) => None,
             };
-        asked.into_iter().filter_map(answer).collect()
+        let mut list: Vec<_> = asked.into_iter().filter_map(answer).chain(self.lost()).collect();
+        list.sort_by(|one, other| one.name.cmp(&other.name));
+        list
     }
 
     /// A VM of which nothing is heard.
@@ -258,16 +289,30 @@ impl Manager {
         self.outcome(name, |reply| Order::ChangeNic(nic.to_owned(), change, reply))
     }
 
+    /// The port of an emulated adapter was restarted: whichever VM has the adapter connects it again.
+    pub fn reconnect(&self, switch: &str, port: &str) {
+        for (name, machine) in &*self.lock() {
+            if port.strip_prefix(name.as_str()).is_some_and(|nic| nic.starts_with('.')) {
+                machine.mailbox.send(Order::Reconnect { switch: switch.to_owned(), port: port.to_owned() });
+            }
+        }
+    }
+
     /// Forgets a VM that is off, with its directory.
     ///
     /// # Errors
     /// If it runs.
     pub fn delete(&self, name: &str) -> Result<(), VmError> {
-        self.outcome(name, Order::Delete)?;
-        if let Some(machine) = self.lock().remove(name) {
+        let outcome = self.outcome(name, Order::Delete);
+        let mut machines = self.lock();
+        // A supervisor that ended by a bug must not keep the name.
+        if machines.get(name).is_some_and(|machine| outcome.is_ok() || machine.thread.is_finished())
+            && let Some(machine) = machines.remove(name)
+        {
+            drop(machines);
             let _ = machine.thread.join();
         }
-        Ok(())
+        outcome
     }
 
     /// Ends supervision; the VMs go on.

@@ -12,6 +12,7 @@
 //! | `process`, `link` | the worker: its process, its control connection |
 //! | `directory` | a VM's directory |
 //! | `cgroup`, `parking` | its share of the host's processors, and which it leaves to the switch |
+//! | `users` | the user that a worker is |
 //! | `network`, `wiring` | what VMs need of the switch, and the switch |
 //! | `report` | what an operator is shown |
 
@@ -33,6 +34,7 @@ pub mod spec;
 mod supervisor;
 #[cfg(test)]
 mod tests;
+mod users;
 mod wiring;
 
 use std::collections::BTreeMap;
@@ -50,6 +52,7 @@ pub use process::Launcher;
 pub use report::{
     CpuReport, ExitReport, FaultReport, GuestReport, MemoryReport, NicReport, VmReport, VmState,
 };
+pub use users::Users;
 pub use wiring::Wiring;
 
 use spec::VmSpec;
@@ -73,6 +76,8 @@ pub struct Settings {
     pub patience: Patience,
     /// Percent of a processor that running VMs have reserved.
     pub reserves: Reserves,
+    /// Users of workers.
+    pub users: Users,
 }
 
 /// How long to wait for what.
@@ -134,7 +139,9 @@ impl Settings {
         Ok(())
     }
 
+    /// What a VM that ended had of the host.
     fn release(&self, name: &str) {
+        self.users.release(name);
         self.reserves.0.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
     }
 }

@@ -52,31 +52,39 @@ impl Launcher {
         Self { program, kvm: "/dev/kvm".into() }
     }
 
-    /// Starts a worker for `spec` in `directory` and hands it all that it will ever have. `enter` puts the process where
-    /// it belongs before it is told anything.
-    pub fn launch(
+    /// Starts a worker for `spec` in `directory` and hands it all that it will ever have. `ready` puts the process where
+    /// it belongs and on record before it is told anything: one that is never told ends by itself.
+    pub fn launch<T>(
         &self,
         spec: &VmSpec,
+        user: Option<u32>,
         directory: &Directory,
-        enter: impl FnOnce(u32),
-    ) -> Result<Process, VmError> {
+        ready: impl FnOnce(&Process) -> Result<T, VmError>,
+    ) -> Result<(Process, T), VmError> {
         directory.make()?;
         let listeners = directory.listen()?;
-        let (setup, fds) = self.setup(spec, directory, listeners)?;
+        let (setup, fds) = self.setup(spec, user, directory, listeners)?;
         let log = Directory::log(&directory.worker_log())?;
         let (ours, theirs) = UnixStream::pair().map_err(|error| VmError::io("a socket pair", error))?;
-        let process = self.spawn(log, theirs.into())?;
-        enter(process.pid);
-        if let Err(error) = send_setup(&ours, &setup, &fds) {
-            process.kill();
-            return Err(VmError::io("handing the worker its setup", error));
+        let mut process = self.spawn(log, theirs.into())?;
+        let handed = ready(&process).and_then(|made| {
+            let sent = send_setup(&ours, &setup, &fds);
+            sent.map(|()| made).map_err(|error| VmError::io("handing the worker its setup", error))
+        });
+        match handed {
+            Ok(made) => Ok((process, made)),
+            Err(error) => {
+                process.kill();
+                process.epitaph();
+                Err(error)
+            }
         }
-        Ok(process)
     }
 
     fn setup(
         &self,
         spec: &VmSpec,
+        user: Option<u32>,
         directory: &Directory,
         listeners: Listeners,
     ) -> Result<(Setup, Vec<OwnedFd>), VmError> {
@@ -98,6 +106,7 @@ impl Launcher {
         let (handles, fds) = handed.into_iter().unzip();
         let setup = Setup {
             name: spec.name.clone(),
+            user,
             memory: spec.memory,
             vcpus: spec.vcpus,
             pin: spec.cpu.pin.clone(),
@@ -284,6 +293,33 @@ mod tests {
         assert!(process.ended());
         assert_eq!(process.epitaph(), Ending::Unknown);
         assert!(Process::adopt(child.id(), born).is_none());
+    }
+
+    #[test]
+    fn worker_is_told_nothing_before_it_is_on_record() {
+        let root = tempfile::tempdir().unwrap();
+        let program = root.path().join("worker");
+        std::fs::write(&program, "#!/bin/sh\nread -r setup <&3 && echo told >&2\n").unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let launcher = Launcher { program, kvm: "/dev/null".into() };
+        let directory = Directory::new(root.path(), "web");
+        let launch = |ready: &dyn Fn(&Process) -> Result<u32, VmError>| {
+            launcher.launch(&super::super::tests::spec("web"), None, &directory, ready)
+        };
+        let pid = std::cell::Cell::new(0);
+        let failed = launch(&|process| {
+            pid.set(process.pid());
+            let while_looked_at = rustix::event::Timespec { tv_sec: 0, tv_nsec: 300_000_000 };
+            let ended = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&while_looked_at));
+            assert_eq!(ended, Ok(0), "it waits to be told");
+            Err(VmError::Refused("no record".into()))
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "no record");
+        assert!(Process::open(pid.get()).is_err(), "it has ended, and was waited for");
+        assert_eq!(directory.last_word(), None);
+        let (mut process, made) = launch(&|process| Ok(process.pid())).unwrap();
+        assert_eq!((process.pid(), process.epitaph()), (made, Ending::Orderly));
+        assert_eq!(directory.last_word().as_deref(), Some("told"));
     }
 
     #[test]

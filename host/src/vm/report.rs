@@ -85,6 +85,8 @@ pub struct VmReport {
     pub uptime: Option<f64>,
     /// Process of the worker.
     pub pid: Option<u32>,
+    /// User and group of the worker, if it has its own.
+    pub user: Option<u32>,
     /// VMBus version agreed on.
     pub vmbus: Option<String>,
     /// Adapters.
@@ -231,6 +233,7 @@ impl VmReport {
             changed: false,
             uptime: None,
             pid: None,
+            user: None,
             vmbus: None,
             nics: spec.nics.iter().map(|nic| NicReport::new(&spec.name, nic)).collect(),
             guest: GuestReport::default(),

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant, SystemTime};
 
 use hypervisor::control::{Command, NicKind, State, Status};
+use serde::{Deserialize, Serialize};
 use vswitch::error::FabricError;
 
 use super::Settings;
@@ -13,7 +14,7 @@ use super::error::VmError;
 use super::link::Link;
 use super::network::Channels;
 use super::process::Process;
-use super::spec::{LinkState, NicSpec, RestartPolicy, VmSpec};
+use super::spec::{LinkState, NicSpec, VmSpec};
 use super::supervisor::{Life, Order, Pending, Reply, Supervisor};
 
 /// Events of a run that go to the log: a guest may cause them without end.
@@ -27,11 +28,13 @@ const SOON: Duration = Duration::from_millis(10);
 const LATE: Duration = Duration::from_secs(1);
 
 /// What a run is to come to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Aim {
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aim {
     /// Its guest is about to start.
     Begin,
     /// It is to go on.
+    #[default]
     Run,
     /// An operator ends it.
     Stop,
@@ -55,6 +58,8 @@ pub(super) struct Run {
     pub since: Instant,
     /// Seconds from 1970.
     pub started: u64,
+    /// Of the worker, if it has its own.
+    pub user: Option<u32>,
     pub aim: Aim,
     /// An operator started it, and not the restart policy.
     pub by_operator: bool,
@@ -72,20 +77,20 @@ pub(super) struct Run {
 }
 
 impl Run {
-    fn new(spec: VmSpec, process: Process, link: Link<Pending>) -> Self {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    fn new(record: Record, process: Process, link: Option<Link<Pending>>) -> Self {
         Self {
-            spec,
+            spec: record.spec,
             process,
-            link: Some(link),
+            link,
             channels: Service::default(),
             state: State::Ready,
             status: None,
             since: Instant::now(),
-            started: now.map_or(0, |now| now.as_secs()),
-            aim: Aim::Begin,
+            started: record.started,
+            user: record.user,
+            aim: record.aim,
             by_operator: false,
-            off_wanted: false,
+            off_wanted: record.off_wanted,
             complaint: None,
             kill_at: None,
             starter: None,
@@ -223,23 +228,27 @@ impl Supervisor {
 
     /// Starts a worker and tells it everything; its guest does not run yet.
     fn begin(&mut self, by_operator: bool) -> Result<(), VmError> {
+        self.vacant()?;
         let spec = self.spec.clone();
         self.settings.reserve(&spec)?;
-        let run = self.new_run(spec);
-        if run.is_err() {
-            self.settings.release(&self.spec.name);
-        }
-        let mut run = run?;
+        let mut run = self.new_run(spec).inspect_err(|_| self.leave())?;
         run.by_operator = by_operator;
         (self.faults, self.panic, self.ended) = (Vec::new(), None, None);
         self.tended = Instant::now();
         self.life = Life::Running(Box::new(run));
-        if let Err(error) = self.write_record() {
-            self.unplugged.push(format!("a later yardd will not find it: {error}"));
-        }
-        self.connect_legacy();
+        self.connect_legacy(|_| true);
         self.serve_channels(Instant::now());
         Ok(())
+    }
+
+    /// No worker of an earlier run is there, as far as can be known: there must never be two for one VM.
+    pub fn vacant(&self) -> Result<(), VmError> {
+        match self.directory.read()? {
+            Some(Record { pid, born, .. }) if Process::adopt(pid, born).is_some() => {
+                Err(VmError::Refused(format!("process {pid}, its worker, is there already")))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn new_run(&mut self, spec: VmSpec) -> Result<Run, VmError> {
@@ -253,20 +262,27 @@ impl Supervisor {
         self.nics.lock().clone_from(&spec.nics);
         self.unplugged.clear();
         self.join_cgroup(&spec);
+        let user = self.settings.users.take(&spec.name);
         let mut refused = None;
-        let cgroup = &self.cgroup;
-        let mut process = self.settings.launcher.launch(&spec, &self.directory, |pid| {
-            refused = cgroup.as_ref().ok().and_then(|cgroup| cgroup.enter(pid).err());
-        })?;
+        let (cgroup, directory, restarts) = (&self.cgroup, &self.directory, self.restarts);
+        let ready = |process: &Process| {
+            refused = cgroup.as_ref().ok().and_then(|cgroup| cgroup.enter(process.pid()).err());
+            let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            let started = started.map_or(0, |now| now.as_secs());
+            let (pid, born) = (process.pid(), process.born());
+            let (spec, aim) = (spec.clone(), Aim::Begin);
+            let record = Record { spec, pid, born, started, restarts, aim, off_wanted: false, user };
+            directory.write(&record).map(|()| record)
+        };
+        let (mut process, record) = self.settings.launcher.launch(&spec, user, directory, ready)?;
         if let Some(refused) = refused {
             self.cgroup = Err(refused);
         }
         match Link::connect(&self.directory.control()) {
-            Ok(link) => Ok(Run::new(spec, process, link)),
+            Ok(link) => Ok(Run::new(record, process, Some(link))),
             Err(error) => {
                 process.kill();
                 let ended = self.lament(&mut process, None);
-                self.directory.clear();
                 Err(VmError::Refused(format!("{ended} ({error})")))
             }
         }
@@ -330,11 +346,11 @@ impl Supervisor {
         }
     }
 
-    /// Sends each emulated adapter a socket of the switch's.
-    pub fn connect_legacy(&mut self) {
+    /// Sends each `wanted` emulated adapter a socket of the switch's.
+    pub fn connect_legacy(&mut self, wanted: impl Fn(&NicSpec) -> bool) {
         let Life::Running(run) = &self.life else { return };
-        let nics: Vec<_> = run.spec.nics.iter().filter(|nic| nic.kind == NicKind::Legacy).cloned().collect();
-        for nic in nics {
+        let legacy = run.spec.nics.iter().filter(|nic| nic.kind == NicKind::Legacy && wanted(nic));
+        for nic in legacy.cloned().collect::<Vec<_>>() {
             // Before its cable is in, so that its guest never sees it up.
             if nic.link == LinkState::Down {
                 let command = Command::SetLink { name: nic.name.clone(), up: false };
@@ -390,23 +406,10 @@ impl Supervisor {
         self.restarts = record.restarts;
         let Some(process) = Process::adopt(record.pid, record.born) else {
             let word = self.directory.last_word().map(|word| format!("; its last word: {word}"));
-            let reason = format!("its worker ended while no yardd ran{}", word.unwrap_or_default());
-            tracing::warn!("VM {}: {}", self.spec.name, reason.escape_debug());
-            self.ended = Some(reason);
-            self.directory.clear();
-            if self.spec.restart != RestartPolicy::Never {
-                self.life = Life::Waiting(Instant::now());
-            }
+            let death = format!("its worker ended while no yardd ran{}", word.unwrap_or_default());
+            let sequel = self.sequel(&record.aim, false, record.off_wanted, &death);
+            self.conclude(&record.aim, sequel);
             return;
-        };
-        let link = match Link::connect(&self.directory.control()) {
-            Ok(link) => link,
-            Err(error) => {
-                self.ended = Some(format!("its worker could not be reached, and was ended: {error}"));
-                process.kill();
-                self.directory.clear();
-                return;
-            }
         };
         // It runs whatever others have been promised meanwhile.
         let _ = self.settings.reserve(&record.spec);
@@ -418,16 +421,36 @@ impl Supervisor {
             }
         }
         self.nics.lock().clone_from(&record.spec.nics);
+        let aim = record.aim.clone();
+        let (link, unreached) = match Link::connect(&self.directory.control()) {
+            Ok(link) => (Some(link), None),
+            Err(error) => (None, Some(format!("its worker could not be reached, and was ended: {error}"))),
+        };
         tracing::info!("VM {}: taken back, process {}", self.spec.name, record.pid);
-        let mut run = Run::new(record.spec, process, link);
-        (run.started, run.aim, run.state) = (record.started, Aim::Run, State::Running);
-        self.life = Life::Running(Box::new(run));
-        self.request(Command::Show, &[], self.settings.patience.answer, Pending::Adopt);
+        let mut run = Box::new(Run::new(record, process, link));
+        run.state = State::Running;
+        match (aim, unreached) {
+            (_, Some(unreached)) => {
+                run.process.kill();
+                run.complaint = Some(unreached);
+                self.life = Life::Running(run);
+            }
+            (Aim::Begin | Aim::Run, None) => {
+                run.aim = Aim::Run;
+                self.life = Life::Running(run);
+                self.request(Command::Show, &[], self.settings.patience.answer, Pending::Adopt);
+            }
+            // The earlier daemon did not live to see its end.
+            (aim, None) => {
+                self.life = Life::Running(run);
+                self.end(aim);
+            }
+        }
     }
 
     /// A worker that was taken back has told how it is.
     pub fn adopted(&mut self) {
-        self.connect_legacy();
+        self.connect_legacy(|_| true);
         self.serve_channels(Instant::now());
         let Life::Running(run) = &mut self.life else { return };
         match run.state.clone() {
@@ -451,6 +474,9 @@ impl Supervisor {
             born: run.process.born(),
             started: run.started,
             restarts: self.restarts,
+            aim: run.aim.clone(),
+            off_wanted: run.off_wanted,
+            user: run.user,
         })
     }
 }

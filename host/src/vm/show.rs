@@ -43,9 +43,13 @@ impl Supervisor {
         report.reason.clone_from(&self.ended);
         report.faults.clone_from(&self.faults);
         report.panic.clone_from(&self.panic);
-        let Life::Running(run) = &self.life else { return report };
+        let Life::Running(run) = &self.life else {
+            report.warnings.extend(self.directory.read().err().map(|error| error.to_string()));
+            return report;
+        };
         report.changed = run.spec != self.spec;
         report.pid = Some(run.process.pid());
+        report.user = run.user;
         report.uptime = Some(run.since.elapsed().as_secs_f64());
         if let Some(status) = &run.status {
             report.tell(status);
@@ -103,7 +107,12 @@ impl Supervisor {
         let pending = match command {
             // A guest may be quicker than the answer.
             Command::Shutdown { reboot } => {
-                Pending::Shutdown(reply, std::mem::replace(&mut run.off_wanted, !reboot))
+                let before = std::mem::replace(&mut run.off_wanted, !reboot);
+                if let Err(error) = self.write_record() {
+                    let _ = reply.send(Err(error));
+                    return;
+                }
+                Pending::Shutdown(reply, before)
             }
             _ => Pending::Command(reply),
         };
@@ -187,12 +196,18 @@ impl Supervisor {
             let _ = reply.send(Err(self.wrong_state("off")));
             return false;
         }
-        for nic in &self.spec.nics {
-            // A port that somebody removed already is as good.
-            let _ = self.settings.network.unplug(&self.spec.name, nic);
+        let deleted = self
+            .vacant()
+            .and_then(|()| self.directory.delete().map_err(VmError::file(self.directory.path())));
+        let gone = deleted.is_ok();
+        if gone {
+            self.settings.cgroups.remove(&self.spec.name);
+            for nic in &self.spec.nics {
+                // A port that somebody removed already is as good.
+                let _ = self.settings.network.unplug(&self.spec.name, nic);
+            }
         }
-        let deleted = self.directory.delete();
-        let _ = reply.send(deleted.map_err(VmError::file(self.directory.path())));
-        true
+        let _ = reply.send(deleted);
+        gone
     }
 }

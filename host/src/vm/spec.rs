@@ -39,6 +39,25 @@ pub struct VmSpec {
     pub autostart: bool,
 }
 
+impl VmSpec {
+    /// A VM of which nothing but its name is known.
+    pub(super) fn unknown(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            memory: Memory { startup: 0, minimum: 0, maximum: 0, huge: false },
+            vcpus: 0,
+            kernel: PathBuf::new(),
+            initrd: None,
+            cmdline: String::new(),
+            nics: Vec::new(),
+            cpu: CpuSpec::default(),
+            services: Services::default(),
+            restart: RestartPolicy::Never,
+            autostart: false,
+        }
+    }
+}
+
 /// A VM's share of the host's processors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

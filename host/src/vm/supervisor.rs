@@ -16,7 +16,7 @@ use super::link::{Heard, Link};
 use super::network::Nics;
 use super::report::{FaultReport, VmReport};
 use super::run::Run;
-use super::spec::{NicChange, NicSpec, VmChange, VmSpec};
+use super::spec::{NicChange, NicSpec, VmChange, VmSpec, port_name};
 
 /// How often logs are looked after while a VM runs.
 const TEND: Duration = Duration::from_secs(5);
@@ -46,6 +46,11 @@ pub(super) enum Order {
     ChangeNic(String, NicChange, Reply<()>),
     /// The VM is to be forgotten; it must be off.
     Delete(Reply<()>),
+    /// This port of that switch was restarted, and has let go of its adapter.
+    Reconnect {
+        switch: String,
+        port: String,
+    },
     /// The service of the channels of this generation ended.
     ChannelsEnded(u64, String),
     /// The daemon ends, the VM goes on.
@@ -189,6 +194,10 @@ impl Supervisor {
             Order::RemoveNic(name, reply) => self.remove_nic(&name, reply),
             Order::ChangeNic(name, change, reply) => self.change_nic(&name, &change, reply),
             Order::Delete(reply) => return !self.delete(&reply),
+            Order::Reconnect { switch, port } => {
+                let vm = self.spec.name.clone();
+                self.connect_legacy(|nic| nic.switch == switch && port_name(&vm, &nic.name) == port);
+            }
             Order::ChannelsEnded(generation, reason) => self.channels_ended(generation, reason),
             Order::Detach => return false,
         }
@@ -342,6 +351,7 @@ impl Supervisor {
                 if let Life::Running(run) = &mut self.life {
                     run.off_wanted = before;
                 }
+                let _ = self.write_record();
                 let _ = reply.send(Err(error));
             }
             Pending::Command(reply) | Pending::RemoveNic(_, reply) | Pending::Memory(reply) => {

@@ -24,7 +24,7 @@ use vswitch::DropReason;
 use vswitch::error::FabricError;
 use vswitch::fabric::{CaptureSpec, CapturedFrame, Direction, PortChange};
 use vswitch::report::{
-    AddressReport, FabricReport, PortReport, PortState, QueueReport, SwitchReport, WorkerReport,
+    AddressList, AddressReport, FabricReport, PortReport, PortState, QueueReport, SwitchReport, WorkerReport,
 };
 use vswitch::spec::{Attachment, PortSpec, SwitchKind, SwitchSpec};
 use vswitch::tally::CounterValues;
@@ -200,10 +200,14 @@ impl Backend for Fake {
         })?
     }
 
-    fn addresses(&self, switch: &str) -> Outcome<Vec<AddressReport>> {
+    fn addresses(&self, switch: &str, port: Option<&str>, limit: usize) -> Outcome<AddressList> {
         let mut state = self.state();
         find(&mut state.switches, switch)?;
-        Ok(state.addresses.clone())
+        let mut addresses = state.addresses.clone();
+        addresses.retain(|address| port.is_none_or(|port| address.port == port));
+        let total = addresses.len();
+        addresses.truncate(limit);
+        Ok(AddressList { total, addresses })
     }
 
     fn flush(&self, switch: &str, port: Option<&str>) -> Outcome<usize> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use host::vm::spec::NicSpec;
 use host::vm::{
-    Cgroups, Channels, Launcher, Manager, Network, Nics, OnEnd, Parking, Patience, Reserves, Settings,
+    Cgroups, Channels, Launcher, Manager, Network, Nics, OnEnd, Parking, Patience, Reserves, Settings, Users,
 };
 use hypervisor::control::{
     Answer, Command, Event, GuestStatus, Handle, Heartbeat, Line, MemoryStatus, NicStatus, Panic, Request,
@@ -120,11 +120,12 @@ impl Worker {
     }
 
     fn serve(mut self) {
-        loop {
+        for daemons in 1.. {
             let (mut daemon, _) = self.control.accept().unwrap();
             while let Some((line, fds)) = receive(&daemon) {
                 let request: Request = serde_json::from_slice(&line).unwrap();
-                let stop = request.command == Command::Stop;
+                let stop = request.command == Command::Stop
+                    && !self.values.iter().any(|(key, _)| key == "deaf to its first daemon" && daemons == 1);
                 if let Command::SetValue { key, .. } = &request.command
                     && key == "hang"
                 {
@@ -392,6 +393,10 @@ impl Network for FakeNetwork {
 
 /// VMs below `dir` with played workers.
 pub fn manager(dir: &Path, network: Arc<FakeNetwork>) -> Manager {
+    Manager::new(settings(dir, network))
+}
+
+pub fn settings(dir: &Path, network: Arc<FakeNetwork>) -> Settings {
     let patience = Patience {
         look: Duration::from_millis(300),
         list: Duration::from_secs(2),
@@ -402,7 +407,7 @@ pub fn manager(dir: &Path, network: Arc<FakeNetwork>) -> Manager {
         slowest: Duration::from_millis(40),
         ..Patience::default()
     };
-    Manager::new(Settings {
+    Settings {
         root: dir.join("vm"),
         launcher: Launcher { program: program(dir), kvm: "/dev/null".into() },
         network,
@@ -411,7 +416,8 @@ pub fn manager(dir: &Path, network: Arc<FakeNetwork>) -> Manager {
         parking: Parking::default(),
         patience,
         reserves: Reserves::default(),
-    })
+        users: Users::own(),
+    }
 }
 
 /// A definition, as a request.

@@ -21,18 +21,19 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr, RulesetStatus, Scope,
 };
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit, setsid,
+    DumpableBehavior, Gid, Resource, Rlimit, Uid, getrlimit, set_dumpable_behavior, setrlimit,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
+    set_thread_res_gid, set_thread_res_uid,
 };
 
 pub use filter::Class;
 
-/// Descriptors that a VM opens at most: two for each of 64 processors and of the 2047 channels that a VMBus has, and
-/// 512 for all else. A guest that opens every channel leaves enough to take a new daemon in.
-pub const DESCRIPTORS: u64 = 2 * 64 + 2 * 2047 + 512;
+/// Descriptors that a VM opens at most: three for each of 64 processors, two for each of the 2047 channels that a VMBus has,
+/// and 512 for all else. A guest that opens every channel leaves enough to take a new daemon in.
+pub const DESCRIPTORS: u64 = 3 * 64 + 2 * 2047 + 512;
 
 /// Newest Landlock interface asked for; an older kernel gives what it has.
 const LANDLOCK: ABI = ABI::V6;
@@ -44,13 +45,13 @@ pub struct Limits<'a> {
     pub keep: &'a [BorrowedFd<'a>],
     /// Descriptors that may be open at once, if the process may have so many.
     pub descriptors: u64,
-    /// The process gets a session of its own, without terminal.
-    pub session: bool,
+    /// The user that the process becomes, and the group of the same number, without any other; none if it stays what it is.
+    pub user: Option<u32>,
 }
 
 impl Default for Limits<'_> {
     fn default() -> Self {
-        Self { keep: &[], descriptors: DESCRIPTORS, session: true }
+        Self { keep: &[], descriptors: DESCRIPTORS, user: None }
     }
 }
 
@@ -61,8 +62,6 @@ pub struct Report {
     pub landlock: Option<i32>,
     /// The bounding set is empty. Otherwise the process had no right to change it, and no way to gain from it either.
     pub bounding: bool,
-    /// The process leads a session of its own.
-    pub session: bool,
     /// Descriptors closed that nobody handed over.
     pub closed: usize,
 }
@@ -73,7 +72,6 @@ impl fmt::Display for Report {
             Some(level) => write!(f, "confined: Landlock {level}")?,
             None => f.write_str("confined, without Landlock, which this kernel has not")?,
         }
-        f.write_str(if self.session { ", own session" } else { ", no session of its own" })?;
         if !self.bounding {
             f.write_str(", bounding set as it was")?;
         }
@@ -178,15 +176,15 @@ pub fn process(limits: &Limits<'_>) -> Result<Report, ConfineError> {
         getrlimit(Resource::Nofile).maximum.map_or(limits.descriptors, |most| most.min(limits.descriptors));
     let few = Rlimit { current: Some(most), maximum: Some(most) };
     setrlimit(Resource::Nofile, few).map_err(kernel("limit descriptors"))?;
-    let session = limits.session && own_session()?;
+    set_no_new_privs(true).map_err(kernel("give up new privileges"))?;
+    let bounding = drop_capabilities(limits.user)?;
+    // After the change of user, which sets this anew.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(kernel("forbid other processes to look in"))?;
-    set_no_new_privs(true).map_err(kernel("give up new privileges"))?;
-    let bounding = drop_capabilities()?;
     let landlock = close_file_system()?;
     filter::refuse_paths()?;
     CONFINED.store(true, Ordering::SeqCst);
-    Ok(Report { landlock, bounding, session, closed })
+    Ok(Report { landlock, bounding, closed })
 }
 
 /// Limits the calling thread, and all that it starts, to the system calls of `class`.
@@ -210,21 +208,18 @@ fn close_strays(keep: &[BorrowedFd<'_>]) -> Result<usize, ConfineError> {
     Ok(open.into_iter().filter(|&fd| !handed(fd)).filter(|&fd| nix::unistd::close(fd).is_ok()).count())
 }
 
-/// True if the process leads a session. The leader of a process group, as a shell makes one, cannot.
-fn own_session() -> Result<bool, ConfineError> {
-    match setsid() {
-        Ok(_) => Ok(true),
-        // Not rustix: the session is 0 where its leader is in another namespace of processes, or the kernel's first.
-        Err(rustix::io::Errno::PERM) => {
-            let session = nix::unistd::getsid(None).map_err(kernel("find the session"))?;
-            Ok(session == nix::unistd::getpid())
-        }
-        Err(error) => Err(kernel("start a session")(error)),
-    }
+/// Becomes `user`, for good. The process has one thread.
+fn become_user(user: u32) -> Result<(), ConfineError> {
+    const WHAT: &str = "become a user of its own";
+    let (user, group) = (Uid::from_raw(user), Gid::from_raw(user));
+    set_thread_groups(&[]).map_err(kernel(WHAT))?;
+    set_thread_res_gid(group, group, group).map_err(kernel(WHAT))?;
+    set_thread_res_uid(user, user, user).map_err(kernel(WHAT))
 }
 
-/// Gives up all capabilities, and those that a program started later could get. False if the bounding set stays.
-fn drop_capabilities() -> Result<bool, ConfineError> {
+/// Gives up all capabilities, and those that a program started later could get; in between, while it still may, becomes
+/// `user`. False if the bounding set stays.
+fn drop_capabilities(user: Option<u32>) -> Result<bool, ConfineError> {
     const WHAT: &str = "give up capabilities";
     clear_ambient_capability_set().map_err(kernel(WHAT))?;
     let mine = capabilities(None).map_err(kernel(WHAT))?;
@@ -239,6 +234,7 @@ fn drop_capabilities() -> Result<bool, ConfineError> {
             }
         }
     }
+    user.map_or(Ok(()), become_user)?;
     let none = CapabilitySet::empty();
     let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
     set_capabilities(None, none).map_err(kernel(WHAT))?;
@@ -260,4 +256,33 @@ fn close_file_system() -> Result<Option<i32>, ConfineError> {
         }
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use landlock::{CompatLevel, Compatible};
+
+    use super::*;
+
+    /// Filters of system calls answer first in a confined process, so that this is told from within.
+    #[test]
+    fn landlock_alone_closes_the_file_system_where_the_kernel_has_it() {
+        let there = Ruleset::default()
+            .set_compatibility(CompatLevel::HardRequirement)
+            .handle_access(AccessFs::Execute)
+            .and_then(Ruleset::create)
+            .is_ok();
+        let (path, inside) = (std::env::temp_dir(), std::env::current_exe().unwrap());
+        // It binds the thread that asks for it.
+        let thread = std::thread::spawn(move || {
+            assert!(std::fs::read_dir(&path).is_ok() && std::fs::File::open(&inside).is_ok());
+            let level = close_file_system().unwrap();
+            let refused = [std::fs::read_dir(&path).map(drop), std::fs::File::open(&inside).map(drop)]
+                .map(|result| result.is_err_and(|error| error.raw_os_error() == Some(libc::EACCES)));
+            (level, refused)
+        });
+        let (level, refused) = thread.join().unwrap();
+        assert_eq!((level.is_some(), refused), (there, [there; 2]));
+        println!("Landlock: {level:?}");
+    }
 }

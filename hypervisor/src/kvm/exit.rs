@@ -5,7 +5,8 @@ use kvm_bindings::{
     KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
     KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
 };
-use kvm_ioctls::VcpuFd;
+
+use super::Processor;
 
 /// A Hyper-V exit (`hyperv-cpuid-msr-hypercall.md` section 10).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +32,8 @@ pub enum Hyperv {
 }
 
 /// Reads the exit of a processor whose last exit was `VcpuExit::Hyperv`; `answer` gives a hypercall's result.
-pub fn take_hyperv(vcpu: &mut VcpuFd, answer: impl FnOnce(Hyperv) -> u64) {
-    let run = vcpu.get_kvm_run();
+pub fn take_hyperv(vcpu: &mut Processor, answer: impl FnOnce(Hyperv) -> u64) {
+    let run = vcpu.fd.get_kvm_run();
     if run.exit_reason != KVM_EXIT_HYPERV {
         return;
     }
@@ -60,8 +61,8 @@ pub fn take_hyperv(vcpu: &mut VcpuFd, answer: impl FnOnce(Hyperv) -> u64) {
 }
 
 /// Why KVM gave up on a processor whose last exit was `VcpuExit::InternalError`.
-pub fn internal_error(vcpu: &mut VcpuFd) -> String {
-    let run = vcpu.get_kvm_run();
+pub fn internal_error(vcpu: &mut Processor) -> String {
+    let run = vcpu.fd.get_kvm_run();
     if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
         return "unknown".into();
     }

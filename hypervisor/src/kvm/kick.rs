@@ -7,10 +7,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::kvm_run;
-use kvm_ioctls::VcpuFd;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::KvmError;
+use super::{KvmError, Processor};
 
 const PAGE: usize = 4096;
 
@@ -34,13 +33,13 @@ impl Kick {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn new(vcpu: &VcpuFd) -> Result<Self, KvmError> {
+    pub fn new(vcpu: &Processor) -> Result<Self, KvmError> {
         let failed = |error: rustix::io::Errno| KvmError::Ioctl {
             what: "map the run page of a virtual processor",
             source: error.into(),
         };
         // SAFETY: the descriptor is open for as long as `vcpu` is borrowed.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(super::raw(vcpu)) };
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(super::raw(&vcpu.fd)) };
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh address range chosen by the kernel.
         let page =

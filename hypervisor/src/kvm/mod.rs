@@ -3,6 +3,7 @@
 // UNSAFETY: registers memory with KVM, issues ioctls that `kvm-ioctls` does not wrap, and maps the run page of processors.
 #![allow(unsafe_code)]
 
+mod clock;
 mod exit;
 mod kick;
 mod vm;
@@ -12,17 +13,18 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_HYPERV, KVM_CAP_HYPERV_CPUID, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2,
-    KVM_CAP_HYPERV_TIME, KVM_CAP_HYPERV_VP_INDEX, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING,
-    KVM_CAP_IRQCHIP, KVM_CAP_IRQFD, KVM_CAP_MAX_VCPUS, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY,
+    CpuId, KVM_CAP_HYPERV, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_HYPERV_TIME,
+    KVM_CAP_HYPERV_VP_INDEX, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD,
+    KVM_CAP_MAX_VCPUS, KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY,
     KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::Kvm;
 
+pub use clock::Clock;
 pub use exit::{Hyperv, internal_error, take_hyperv};
 pub use kick::{Kick, install_signal};
 pub(crate) use vm::MSR_CRASH_CTL;
-pub use vm::{EventId, Gsi, IOAPIC_PINS, Vm};
+pub use vm::{EventId, Gsi, IOAPIC_PINS, Processor, Vm};
 
 /// Version of the KVM interface since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -79,7 +81,7 @@ const NEEDED: &[(u32, &str, &str, &str)] = &[
     (KVM_CAP_HYPERV_SYNIC2, "KVM_CAP_HYPERV_SYNIC2", "synthetic interrupt controller", "4.13"),
     (KVM_CAP_HYPERV_VP_INDEX, "KVM_CAP_HYPERV_VP_INDEX", "virtual processor index", "4.13"),
     (KVM_CAP_HYPERV_EVENTFD, "KVM_CAP_HYPERV_EVENTFD", "signal-event hypercalls by eventfd", "4.17"),
-    (KVM_CAP_HYPERV_CPUID, "KVM_CAP_HYPERV_CPUID", "list of Hyper-V features", "5.0"),
+    (KVM_CAP_SYS_HYPERV_CPUID, "KVM_CAP_SYS_HYPERV_CPUID", "list of Hyper-V features", "5.11"),
 ];
 
 /// An opened `/dev/kvm` that has all that is needed.
@@ -105,6 +107,14 @@ pub fn virtualizes_apic() -> bool {
     })
 }
 
+/// Checks what is needed against what there is.
+fn complete(has: impl Fn(u32) -> bool) -> Result<(), KvmError> {
+    match NEEDED.iter().find(|(number, ..)| !has(*number)) {
+        Some(&(_, name, what, since)) => Err(KvmError::Missing { name, what, since }),
+        None => Ok(()),
+    }
+}
+
 impl Host {
     /// Takes over an opened `/dev/kvm` and checks what it can.
     ///
@@ -118,12 +128,8 @@ impl Host {
         if version != API_VERSION {
             return Err(KvmError::Version(version));
         }
-        for &(number, name, what, since) in NEEDED {
-            if kvm.check_extension_raw(c_ulong::from(number)) <= 0 {
-                return Err(KvmError::Missing { name, what, since });
-            }
-        }
         let has = |number: u32| kvm.check_extension_raw(c_ulong::from(number)) > 0;
+        complete(has)?;
         let most = u32::try_from(kvm.check_extension_raw(c_ulong::from(KVM_CAP_MAX_VCPUS))).unwrap_or(0);
         if processors > most {
             return Err(KvmError::TooManyProcessors { asked: processors, most });
@@ -192,8 +198,18 @@ mod tests {
     #[test]
     fn ioctl_numbers_are_those_of_the_kernel_headers() {
         assert_eq!(opcode(READ_WRITE, 0xc1, 8), 0xc008_aec1);
+        assert_eq!(opcode(WRITE, 0xe1, size_of::<kvm_bindings::kvm_device_attr>()), 0x4018_aee1);
         assert_eq!(opcode(WRITE, 0x76, size_of::<kvm_bindings::kvm_irqfd>()), 0x4020_ae76);
         assert_eq!(opcode(WRITE, 0xbd, size_of::<kvm_bindings::kvm_hyperv_eventfd>()), 0x4018_aebd);
+    }
+
+    #[test]
+    fn capability_that_is_not_there_is_named_with_the_kernel_that_has_it() {
+        assert!(complete(|_| true).is_ok());
+        // Listing features of the whole host came later than of a processor.
+        let error = complete(|number| number != 191).unwrap_err();
+        let text = "this host's KVM lacks KVM_CAP_SYS_HYPERV_CPUID (list of Hyper-V features); Linux 5.11 or later has it";
+        assert_eq!(error.to_string(), text);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! A virtual machine: memory slots, interrupt routes, and eventfds both ways.
 
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_HYPERV_SYNIC2, KVM_CAP_X86_USER_SPACE_MSR, KVM_HYPERV_EVENTFD_DEASSIGN, KVM_IRQ_ROUTING_HV_SINT,
@@ -8,7 +10,7 @@ use kvm_bindings::{
     KvmIrqRouting, kvm_enable_cap, kvm_hyperv_eventfd, kvm_irq_routing_entry, kvm_irqfd,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
 use vmq::doorbell::Doorbell;
 
 use super::{Host, KvmError, WRITE, check, failed, opcode};
@@ -41,7 +43,35 @@ pub(crate) const MSR_CRASH_CTL: u32 = 0x4000_0105;
 /// A virtual machine of KVM with its interrupt controllers.
 #[derive(Debug)]
 pub struct Vm {
-    fd: VmFd,
+    pub(super) fd: VmFd,
+    /// Its addresses are registered; let go of after the machine.
+    _memory: Arc<Memory>,
+}
+
+/// A virtual processor. The kernel keeps its machine; this keeps the memory of that.
+#[derive(Debug)]
+pub struct Processor {
+    pub(super) fd: VcpuFd,
+    _vm: Arc<Vm>,
+}
+
+impl Processor {
+    /// Runs the guest until it leaves guest mode.
+    ///
+    /// # Errors
+    /// The kernel's: EINTR after a [`super::Kick`].
+    pub fn run(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
+        self.fd.run()
+    }
+}
+
+/// Not mutably: what is inside must not be taken out.
+impl Deref for Processor {
+    type Target = VcpuFd;
+
+    fn deref(&self) -> &VcpuFd {
+        &self.fd
+    }
 }
 
 impl Vm {
@@ -49,7 +79,7 @@ impl Vm {
     ///
     /// # Errors
     /// The kernel refuses; the error names the step.
-    pub fn new(host: &Host, memory: &Memory) -> Result<Self, KvmError> {
+    pub fn new(host: &Host, memory: &Arc<Memory>) -> Result<Self, KvmError> {
         let fd = host.create_vm()?;
         fd.set_identity_map_address(IDENTITY_MAP).map_err(failed("place the identity map"))?;
         fd.set_tss_address(TSS).map_err(failed("place the task state"))?;
@@ -62,11 +92,11 @@ impl Vm {
                 memory_size: region.len,
                 userspace_addr: region.host,
             };
-            // SAFETY: the range belongs to a mapping that `memory` owns; the partition keeps it for as long as this
-            // machine lives.
+            // SAFETY: the range belongs to a mapping that `memory` owns; machine and processors keep it for as long as
+            // they live.
             unsafe { fd.set_user_memory_region(region) }.map_err(failed("register guest memory"))?;
         }
-        let vm = Self { fd };
+        let vm = Self { fd, _memory: Arc::clone(memory) };
         if host.msr_filter {
             vm.take_crash_control()?;
         }
@@ -97,11 +127,11 @@ impl Vm {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn create_vcpu(&self, index: u32) -> Result<VcpuFd, KvmError> {
+    pub fn create_vcpu(self: &Arc<Self>, index: u32) -> Result<Processor, KvmError> {
         let vcpu = self.fd.create_vcpu(u64::from(index)).map_err(failed("create a virtual processor"))?;
         let cap = kvm_enable_cap { cap: KVM_CAP_HYPERV_SYNIC2, ..Default::default() };
         vcpu.enable_cap(&cap).map_err(failed("switch the synthetic interrupt controller on"))?;
-        Ok(vcpu)
+        Ok(Processor { fd: vcpu, _vm: Arc::clone(self) })
     }
 
     /// Routes the I/O APIC's pins, and SINT 2 of each of `processors`. The old interrupt controllers (PIC) get

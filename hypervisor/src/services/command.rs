@@ -3,10 +3,7 @@
 use std::sync::mpsc;
 use std::time::Duration;
 
-use vmq::Mac;
-
 use super::CommandError;
-use super::kvp::{IpInfo, Item};
 use super::shutdown::ShutdownKind;
 
 /// Where the answer to a command goes. Dropped without one, its receiver learns that the service is gone.
@@ -34,7 +31,7 @@ impl<T> Answer<T> {
 /// What a guest can be asked for. An answer whose receiver is gone is lost, and no harm done.
 #[derive(Debug)]
 pub enum Command {
-    /// Shut down, restart or hibernate. The answer is the guest's word that it will.
+    /// Shut down or restart. The answer is the guest's word that it will.
     Shutdown {
         /// Which.
         kind: ShutdownKind,
@@ -58,11 +55,6 @@ pub enum Command {
         /// Where the answer goes; no error means that they were frozen until now.
         answer: Answer<()>,
     },
-    /// Read all pairs.
-    KvpGetAll {
-        /// Where the answer goes.
-        answer: Answer<Vec<Item>>,
-    },
     /// Write a pair for the guest's programs.
     KvpSet {
         /// Key.
@@ -78,13 +70,6 @@ pub enum Command {
         key: String,
         /// Where the answer goes.
         answer: Answer<()>,
-    },
-    /// Read the addresses of an adapter.
-    IpInfo {
-        /// Its station address.
-        mac: Mac,
-        /// Where the answer goes.
-        answer: Answer<IpInfo>,
     },
     /// Move the guest's memory towards a size.
     SetMemory {

@@ -142,15 +142,11 @@ impl Services {
             Command::Thaw { answer } => {
                 with(self.vss.as_mut(), answer, |vss, answer| vss.thaw(answer, now));
             }
-            Command::KvpGetAll { answer } => with(self.kvp.as_mut(), answer, Kvp::get_all),
             Command::KvpSet { key, value, answer } => {
                 with(self.kvp.as_mut(), answer, |kvp, answer| kvp.set(key, value, answer));
             }
             Command::KvpDelete { key, answer } => {
                 with(self.kvp.as_mut(), answer, |kvp, answer| kvp.delete(key, answer));
-            }
-            Command::IpInfo { mac, answer } => {
-                with(self.kvp.as_mut(), answer, |kvp, answer| kvp.ip_info(mac, answer));
             }
             Command::SetMemory { bytes, answer } => {
                 with(self.balloon.as_mut(), answer, |balloon, answer| answer.give(balloon.set_target(bytes)));

@@ -1,4 +1,4 @@
-//! Orderly shutdown, restart and hibernation, asked of the guest.
+//! Orderly shutdown and restart, asked of the guest.
 //!
 //! The guest answers first and begins afterwards: an answer says that it will try, the power-off that it did.
 
@@ -28,7 +28,7 @@ pub struct Order {
     pub reason: U32,
     /// Seconds the guest may take.
     pub timeout: U32,
-    /// 1 force, 2 restart, 4 hibernate.
+    /// 1 force, 2 restart.
     pub flags: U32,
     /// To be shown to users.
     pub text: [u8; 2048],
@@ -43,8 +43,6 @@ pub enum ShutdownKind {
     PowerOff,
     /// Start again.
     Reboot,
-    /// Write its memory to disk and switch itself off.
-    Hibernate,
 }
 
 impl ShutdownKind {
@@ -53,7 +51,6 @@ impl ShutdownKind {
         match self {
             Self::PowerOff => FORCE,
             Self::Reboot => 2 | FORCE,
-            Self::Hibernate => 4 | FORCE,
         }
     }
 }

@@ -149,6 +149,11 @@ impl Host {
                     self.root.withdraw(DeviceId(device));
                 }
             }
+            FromSwitch::Retargeted { device, index } => {
+                if !draining {
+                    self.root.modified(ChannelKey { device: DeviceId(device), index });
+                }
+            }
             FromSwitch::OfferSubchannels { device, count } => {
                 if !draining && let Err(error) = self.root.offer_subchannels(DeviceId(device), count) {
                     tracing::warn!(%error, device, count, "subchannels cannot be offered");

@@ -67,13 +67,14 @@ fn message(random: &mut Random) -> Vec<u8> {
 fn answer(random: &mut Random) -> FromSwitch {
     let (device, index, gpadl) = (random.below(6), random.one_of(&[0, 0, 1, 2, 9]), random.below(4));
     let ok = random.below(4) != 0;
-    match random.below(7) {
+    match random.below(8) {
         0 => FromSwitch::Opened { device, index, ok },
         1 => FromSwitch::Closed { device, index },
         2 => FromSwitch::GpadlAccepted { device, gpadl, ok },
         3 => FromSwitch::GpadlReleased { device, gpadl },
         4 => FromSwitch::OfferSubchannels { device, count: random.one_of(&[0, 1, 3, u16::MAX]) },
         5 => FromSwitch::Quiet { device },
+        6 => FromSwitch::Retargeted { device, index },
         _ => FromSwitch::Fault { device, reason: "a fault".into() },
     }
 }

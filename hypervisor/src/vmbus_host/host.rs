@@ -29,8 +29,8 @@ const OUTBOX: usize = 256;
 /// First and longest time between looks at a message slot that the guest has not emptied.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
-/// A switch that has not let go of the guest's memory after this time is cut off.
-const LET_GO: Duration = Duration::from_secs(5);
+/// A switch that has not let go of the guest's memory after this time is asked to end, and after as much again cut off.
+const LET_GO: Duration = Duration::from_millis(if cfg!(test) { 1500 } else { 5000 });
 
 /// An adapter that the switch does not get quiet in this time is taken from the guest as it is.
 const QUIET: Duration = Duration::from_secs(4);
@@ -63,6 +63,8 @@ pub(super) struct Host {
     retarget: Instant,
     /// The guest unloads or was reset: until when the switch has time to let go.
     pub(super) draining: Option<Instant>,
+    /// It did not, and was asked to end.
+    overdue: bool,
     detached: Vec<Sender<()>>,
     pub(super) on_fault: OnFault,
 }
@@ -89,6 +91,7 @@ impl Host {
             changed: BTreeSet::new(),
             retarget: Instant::now(),
             draining: None,
+            overdue: false,
             detached: Vec::new(),
             on_fault,
         };
@@ -181,12 +184,7 @@ impl Host {
             }
         }
         if self.draining.is_some_and(|until| until <= Instant::now()) {
-            tracing::warn!("the switch does not let go of the guest's memory; its connection is ended");
-            if let Some(link) = self.switch.clone() {
-                link.end();
-                self.switch_left(link.number);
-            }
-            self.act();
+            self.press_switch();
         }
         if self.draining.is_none() && !self.detached.is_empty() {
             self.pump.reset();
@@ -196,6 +194,23 @@ impl Host {
                 let _ = done.send(());
             }
         }
+    }
+
+    /// The switch has had its time to let go. One that ends by itself has; one that does not may go on touching memory.
+    fn press_switch(&mut self) {
+        let Some(link) = self.switch.clone() else { return self.act() };
+        if !std::mem::replace(&mut self.overdue, true) {
+            tracing::warn!("the switch does not let go of the guest's memory; it is asked to end");
+            link.hang_up();
+            self.draining = Some(Instant::now() + LET_GO);
+            return;
+        }
+        tracing::error!(
+            "the switch does not end; its connection is cut, and it may still touch the guest's memory"
+        );
+        link.end();
+        self.switch_left(link.number);
+        self.act();
     }
 
     /// Has interrupts go where processors have their event flags now.
@@ -271,8 +286,10 @@ impl Host {
                 }
             }
             Action::Modify { channel, vp } => {
-                self.retarget(channel, vp);
-                self.root.modified(channel);
+                // Once the switch says that it has moved, if it is asked to.
+                if !self.retarget(channel, vp) {
+                    self.root.modified(channel);
+                }
             }
             Action::Reset => self.drain(),
             Action::Gone { device } => {
@@ -320,20 +337,22 @@ impl Host {
         self.pump.open(service.instance, channel).ok()
     }
 
-    fn retarget(&mut self, key: ChannelKey, vp: u32) {
+    /// Has a channel's interrupts go to `vp`. True if the switch answers when they do; else they do so at once, or never.
+    fn retarget(&mut self, key: ChannelKey, vp: u32) -> bool {
         if !self.wires.retarget(key, vp) {
-            return;
+            return false;
         }
-        let Some(target) = self.wires.target(key) else { return };
+        let Some(target) = self.wires.target(key) else { return false };
         if let Some(service) = self.services.get(&key.device) {
             let InterruptTarget { flags_gpa, flag, eventfd } = target;
             let aim = |interrupt: &Interrupt| interrupt.aim(flags_gpa, flag, eventfd.into());
             if let Some(Err(error)) = service.interrupt.as_ref().map(aim) {
                 tracing::warn!(%error, %key, "interrupts stay where they were");
             }
-        } else {
-            self.tell(&FromVmm::Retarget { device: key.device.0, index: key.index, vp, target });
+            return false;
         }
+        self.tell(&FromVmm::Retarget { device: key.device.0, index: key.index, vp, target });
+        self.switch.is_some()
     }
 
     /// Everything of the guest's is let go; the switch may need some time.
@@ -353,7 +372,7 @@ impl Host {
                 }
             }
         }
-        self.draining = Some(Instant::now() + LET_GO);
+        (self.draining, self.overdue) = (Some(Instant::now() + LET_GO), false);
     }
 
     fn add_nic(&mut self, nic: Nic) -> Result<(), String> {

@@ -45,6 +45,11 @@ impl Link {
         }
     }
 
+    /// Asks the switch to end the connection, once it touches nothing any more.
+    pub fn hang_up(&self) {
+        self.connection.hang_up();
+    }
+
     pub fn end(&self) {
         self.connection.shutdown();
     }

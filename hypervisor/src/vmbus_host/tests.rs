@@ -242,6 +242,28 @@ fn memory_is_not_given_up_before_the_switch_has_let_go() {
     opened(&bench, &switch, device);
 }
 
+/// Nobody can take memory from a switch that hangs, but its end is waited for, for a time.
+#[test]
+fn switch_that_does_not_let_go_is_asked_to_end_and_then_cut_off() {
+    for ends in [true, false] {
+        let (bench, switch, device) = greeted();
+        opened(&bench, &switch, device);
+        std::thread::scope(|scope| {
+            let detach = scope.spawn(|| bench.vmbus.detach());
+            assert!(matches!(next(&switch), FromVmm::Close { .. }));
+            assert!(matches!(next(&switch), FromVmm::GpadlTeardown { .. }));
+            assert!(switch.receive().unwrap().is_none());
+            assert!(!detach.is_finished(), "given up before the switch has ended");
+            // What it says until then is heard.
+            switch.send(&FromSwitch::Closed { device, index: 0 }).unwrap();
+            let kept = (!ends).then_some(switch);
+            detach.join().unwrap();
+            drop(kept);
+        });
+        assert!(bench.ties.0.lock().unwrap().is_empty());
+    }
+}
+
 #[test]
 fn switch_that_dies_while_the_guest_unloads_holds_nobody_up() {
     let (bench, switch, device) = greeted();
@@ -277,6 +299,23 @@ fn adapters_come_and_go_while_the_guest_runs() {
     assert_eq!(bench.message().0, 1);
 }
 
+#[test]
+fn guest_that_moves_a_channel_while_the_switch_dies_is_answered() {
+    let (bench, switch, device) = greeted();
+    let (relid, _doorbell) = opened(&bench, &switch, device);
+    bench.post(&[22, 0, relid, 1]);
+    assert!(matches!(next(&switch), FromVmm::Retarget { vp: 1, .. }));
+    drop(switch);
+    assert_eq!(bench.message(), (24, vec![relid, 0]));
+    // With none there it is answered at once, and the next one is told.
+    bench.post(&[22, 0, relid, 0]);
+    assert_eq!(bench.message(), (24, vec![relid, 0]));
+    let switch = bench.connect();
+    greeting(&switch);
+    assert!(matches!(next(&switch), FromVmm::Gpadl { .. }));
+    assert!(matches!(next(&switch), FromVmm::Open { vp: 0, resumed: true, .. }));
+}
+
 /// A guest may go on sending, and a switch may be killed.
 #[test]
 fn adapter_that_nobody_gets_quiet_is_taken_all_the_same() {
@@ -302,6 +341,10 @@ fn moved_event_flags_retarget_the_channels_of_that_processor() {
     bench.post(&[22, 0, relid, 1]);
     let FromVmm::Retarget { vp: 1, target, .. } = next(&switch) else { panic!() };
     assert_eq!(target.flags_gpa, 0x4200);
+    // The guest may take the old processor away once it is answered.
+    bench.vmbus.report().unwrap();
+    assert_eq!(bench.memory.guest().word(0x3200).unwrap().load(Ordering::SeqCst), 0, "answered too early");
+    switch.send(&FromSwitch::Retargeted { device, index: 0 }).unwrap();
     assert_eq!(bench.message(), (24, vec![relid, 0]));
     let registers = Registers { control: 1, flags_page: 0x8001, message_page: 0x5001 };
     bench.synic.update(1, registers);

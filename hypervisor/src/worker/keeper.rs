@@ -67,7 +67,8 @@ impl Keeper {
             Command::Start => self.start(),
             Command::Pause => self.pause(),
             Command::Resume => self.resume(),
-            Command::Reset => self.reset(),
+            Command::Reset if self.state == State::Ready => Err("the guest has not been started".into()),
+            Command::Reset => self.reset(true),
             Command::Stop => Ok(()),
             Command::Show => {
                 reply.give(Ok(Answer::Status(Box::new(self.status()))));
@@ -117,7 +118,7 @@ impl Keeper {
                 self.enter(State::Running);
                 Ok(())
             }
-            _ => Err(format!("the guest was started before: {}", word(&self.state))),
+            _ => Err(format!("the guest cannot be started: {}", word(&self.state))),
         }
     }
 
@@ -143,16 +144,16 @@ impl Keeper {
         }
     }
 
-    fn reset(&mut self) -> Result<(), String> {
-        if self.state == State::Ready {
-            return Err("the guest has not been started".into());
-        }
+    /// Starts the guest anew. It stays paused if it is not to run.
+    fn reset(&mut self, run: bool) -> Result<(), String> {
         match self.guest.reset() {
             Ok(()) => {
                 (self.panic, self.since) = (None, Some(Instant::now()));
                 self.faults.clear();
-                self.guest.run();
-                self.enter(State::Running);
+                if run {
+                    self.guest.run();
+                }
+                self.enter(if run { State::Running } else { State::Paused });
                 Ok(())
             }
             Err(error) => {
@@ -178,25 +179,20 @@ impl Keeper {
 
     /// What the guest brought about.
     fn became(&mut self, outcome: Outcome) {
-        if matches!(self.state, State::Ready | State::Off | State::Crashed { .. }) {
-            return;
-        }
-        match outcome {
-            Outcome::Wish(Wish::Off) => {
+        match turn(&self.state, outcome) {
+            None => {}
+            Some(Turn::Off) => {
                 self.guest.stop();
                 self.enter(State::Off);
             }
             // What goes wrong is in the state.
-            Outcome::Wish(Wish::Reset) => drop(self.reset()),
-            Outcome::Panic(panic) => {
+            Some(Turn::Anew { run }) => drop(self.reset(run)),
+            Some(Turn::Crash(reason, panic)) => {
                 self.guest.pause();
-                let reason = describe(&panic);
-                self.daemon.tell(Event::Panic(panic.clone()));
-                self.panic = Some(panic);
-                self.enter(State::Crashed { reason });
-            }
-            Outcome::Crashed(reason) => {
-                self.guest.pause();
+                if let Some(panic) = panic {
+                    self.daemon.tell(Event::Panic(panic.clone()));
+                    self.panic = Some(panic);
+                }
                 self.enter(State::Crashed { reason });
             }
         }
@@ -241,6 +237,30 @@ impl Keeper {
     }
 }
 
+/// What an outcome makes of the VM.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    /// It is off.
+    Off,
+    /// It starts anew, and runs or is paused.
+    Anew { run: bool },
+    /// It stands still for good, for this reason.
+    Crash(String, Option<Panic>),
+}
+
+/// Outcomes come late: by then the VM may be paused, which only the operator undoes, or at its end. One that has not been
+/// started can fail already.
+fn turn(state: &State, outcome: Outcome) -> Option<Turn> {
+    match (state, outcome) {
+        (State::Off | State::Crashed { .. }, _) => None,
+        (_, Outcome::Crashed(reason)) => Some(Turn::Crash(reason, None)),
+        (State::Ready, _) => None,
+        (_, Outcome::Panic(panic)) => Some(Turn::Crash(describe(&panic), Some(panic))),
+        (_, Outcome::Wish(Wish::Off)) => Some(Turn::Off),
+        (state, Outcome::Wish(Wish::Reset)) => Some(Turn::Anew { run: *state == State::Running }),
+    }
+}
+
 fn word(state: &State) -> String {
     match state {
         State::Ready => "it has not been started".into(),
@@ -248,5 +268,27 @@ fn word(state: &State) -> String {
         State::Paused => "it is paused".into(),
         State::Off => "it is switched off".into(),
         State::Crashed { reason } => format!("it crashed ({reason})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_that_resets_itself_while_it_is_paused_stays_paused() {
+        let reset = || Outcome::Wish(Wish::Reset);
+        assert_eq!(turn(&State::Running, reset()), Some(Turn::Anew { run: true }));
+        assert_eq!(turn(&State::Paused, reset()), Some(Turn::Anew { run: false }));
+        assert_eq!(turn(&State::Ready, reset()), None);
+        assert_eq!(turn(&State::Off, reset()), None);
+    }
+
+    #[test]
+    fn processor_that_fails_before_the_start_is_a_crash() {
+        let crashed = || Outcome::Crashed("no such processor".into());
+        let crash = Turn::Crash("no such processor".into(), None);
+        assert_eq!(turn(&State::Ready, crashed()), Some(crash));
+        assert_eq!(turn(&State::Off, crashed()), None);
     }
 }

@@ -64,7 +64,7 @@ pub fn run() -> anyhow::Result<()> {
     let (setup, mut handed) = setup::receive()?;
     // Known from now on.
     virtualizes_apic();
-    let report = confine::process(&Limits { keep: &handed.all(), ..Limits::default() })?;
+    let report = confine::process(&Limits { keep: &handed.all(), user: setup.user, ..Limits::default() })?;
     confine::thread(Class::Control)?;
     tracing::info!("VM {}: {report}", setup.name);
     let (inputs, received) = channel();

@@ -144,6 +144,7 @@ mod tests {
         let mib = 1 << 20;
         let setup = Setup {
             name: "guest".into(),
+            user: None,
             memory: Memory { startup: 64 * mib, minimum: 64 * mib, maximum: 64 * mib, huge: false },
             vcpus: 1,
             pin: Vec::new(),

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::NicConfig;
+use super::set::structure;
 use super::state::Session;
 use crate::protocol::nvsp::Version;
 use crate::protocol::oid::{
@@ -128,17 +129,7 @@ impl Offloads {
     /// As `OFFLOAD_PARAMETERS` change it. What was not offered stays off, whatever the guest says. Shorter parameters of
     /// older revisions say nothing about the fields they lack.
     pub(super) fn with_parameters(self, offered: Self, info: &[u8]) -> Result<Self, Status> {
-        if info.len() < MIN_PARAMETERS {
-            return Err(Status::InvalidLength);
-        }
-        let mut parameters = OffloadParameters::new_zeroed();
-        let len = info.len().min(size_of::<OffloadParameters>());
-        if let (Some(to), Some(from)) = (parameters.as_mut_bytes().get_mut(..len), info.get(..len)) {
-            to.copy_from_slice(from);
-        }
-        if parameters.header.kind != oid::TYPE_DEFAULT {
-            return Err(Status::InvalidData);
-        }
+        let parameters: OffloadParameters = structure(info, MIN_PARAMETERS, oid::TYPE_DEFAULT)?;
         let wanted = Self {
             ipv4: self.ipv4.parameter(parameters.ipv4)?,
             tcp4: self.tcp4.parameter(parameters.tcp4)?,

@@ -85,8 +85,8 @@ impl Nvsp {
             Kind::SendSendBuffer => {
                 return Ok(offer_buffer(session, Buffer::Send, nvsp::body(kind, body)?, wanted, effects));
             }
-            Kind::RevokeReceiveBuffer => revoke(&mut session.receive, kind, Effect::UnmapReceive, effects)?,
-            Kind::RevokeSendBuffer => revoke(&mut session.send, kind, Effect::UnmapSend, effects)?,
+            Kind::RevokeReceiveBuffer => revoke(&mut session.receive, kind, effects)?,
+            Kind::RevokeSendBuffer => revoke(&mut session.send, kind, effects)?,
             // There is no virtual function to switch to: the path stays synthetic, which Linux accepts.
             Kind::SwitchDataPath => {
                 let _: nvsp::SwitchDataPath = nvsp::body(kind, body)?;
@@ -185,13 +185,13 @@ pub(super) fn buffer_answer(kind: Buffer, buffer: Option<SectionedBuffer>) -> [u
 }
 
 /// Withdrawing what is not there is harmless: a guest cleans up after a refusal.
-fn revoke(area: &mut Area, kind: Kind, unmap: Effect, effects: &mut Effects) -> Result<(), Violation> {
+fn revoke(area: &mut Area, kind: Kind, effects: &mut Effects) -> Result<(), Violation> {
     match area {
         Area::Absent => Ok(()),
         Area::Mapping { .. } => Err(Violation::BufferInUse(kind)),
         Area::Mapped(_) => {
             *area = Area::Absent;
-            effects.extend([unmap, Effect::DataPathChanged]);
+            effects.push(Effect::Changed);
             Ok(())
         }
     }
@@ -215,7 +215,7 @@ fn subchannels(
     };
     if count != 0 {
         session.subchannels = count;
-        effects.extend([Effect::DataPathChanged, Effect::OfferSubchannels(count)]);
+        effects.extend([Effect::Changed, Effect::OfferSubchannels(count)]);
     }
     let fields = nvsp::SubchannelComplete { status: U32::new(status as u32), count: U32::new(count.into()) };
     Answer::Message(nvsp::message(Kind::Subchannel, &fields))

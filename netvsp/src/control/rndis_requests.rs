@@ -21,11 +21,11 @@ impl Nvsp {
             Control::Initialize { request } => {
                 self.begin();
                 let reply = rndis::initialize_complete(request, MAX_PACKETS_PER_MESSAGE, MAX_TRANSFER);
-                vec![Effect::DataPathChanged, Effect::RndisReply(reply)]
+                vec![Effect::Changed, Effect::RndisReply(reply)]
             }
             Control::Halt if running => {
                 self.set_rndis(Rndis::Uninitialised);
-                vec![Effect::Halted]
+                vec![Effect::Changed]
             }
             Control::Halt => Effects::new(),
             Control::Query { request, oid, info, room } => {
@@ -42,7 +42,7 @@ impl Nvsp {
             }
             Control::Reset if running => {
                 self.begin();
-                vec![Effect::DataPathChanged, Effect::RndisReply(rndis::reset_complete(Status::Success))]
+                vec![Effect::Changed, Effect::RndisReply(rndis::reset_complete(Status::Success))]
             }
             Control::Reset => vec![Effect::RndisReply(rndis::reset_complete(Status::Failure))],
             Control::Keepalive { request } => {

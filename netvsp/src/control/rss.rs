@@ -1,9 +1,10 @@
 //! Receive-side scaling by the guest's own key and table (fact sheet §6c).
 
 use vmq::rss::{DEFAULT_KEY, HashTypes, MIN_KEY_LEN};
+use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
-use zerocopy::{FromZeros, IntoBytes};
 
+use super::set::structure;
 use super::state::{Session, Spread};
 use crate::protocol::oid::{self, ObjectHeader, RssCapabilities, RssParameters};
 use crate::protocol::rndis::Status;
@@ -41,17 +42,7 @@ pub(super) fn types(hash: u32) -> HashTypes {
 /// What `RECEIVE_SCALE_PARAMETERS` ask for: `None` turns RSS off. What they leave as it was comes from the session, or is
 /// the default.
 pub(super) fn parameters(session: &Session, info: &[u8]) -> Result<Option<Spread>, Status> {
-    if info.len() < MIN_PARAMETERS {
-        return Err(Status::InvalidLength);
-    }
-    let mut fields = RssParameters::new_zeroed();
-    let len = info.len().min(size_of::<RssParameters>());
-    if let (Some(to), Some(from)) = (fields.as_mut_bytes().get_mut(..len), info.get(..len)) {
-        to.copy_from_slice(from);
-    }
-    if fields.header.kind != oid::TYPE_RSS_PARAMETERS {
-        return Err(Status::InvalidData);
-    }
+    let fields: RssParameters = structure(info, MIN_PARAMETERS, oid::TYPE_RSS_PARAMETERS)?;
     let flags = fields.flags.get();
     let before = session.device().and_then(|device| device.rss.clone());
     let before = before.unwrap_or_else(|| Spread { key: DEFAULT_KEY.to_vec(), table: vec![0], hash: 0 });

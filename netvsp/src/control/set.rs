@@ -1,7 +1,7 @@
 //! SET: the OIDs a guest writes (fact sheet §6).
 
-use zerocopy::FromBytes;
 use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::query::MAX_MULTICAST;
 use super::{Effect, Effects, Nvsp, Offloads, rss};
@@ -34,7 +34,7 @@ impl Nvsp {
         let device = self.device_mut()?;
         if device.filter != filter {
             device.filter = filter;
-            effects.push(Effect::DataPathChanged);
+            effects.push(Effect::Changed);
         }
         Ok(())
     }
@@ -45,7 +45,7 @@ impl Nvsp {
             return Err(Status::InvalidLength);
         }
         self.device_mut()?.multicast = addresses.to_vec();
-        effects.push(Effect::DataPathChanged);
+        effects.push(Effect::Changed);
         Ok(())
     }
 
@@ -63,7 +63,7 @@ impl Nvsp {
             return Err(Status::Failure);
         }
         self.mac = mac;
-        effects.push(Effect::DataPathChanged);
+        effects.push(Effect::Changed);
         Ok(())
     }
 
@@ -74,7 +74,7 @@ impl Nvsp {
         }
         let spread = rss::parameters(session, info)?;
         self.device_mut()?.rss = spread;
-        effects.push(Effect::DataPathChanged);
+        effects.push(Effect::Changed);
         Ok(())
     }
 
@@ -86,7 +86,7 @@ impl Nvsp {
         let offloads = device.offloads.with_parameters(offered, info)?;
         if device.offloads != offloads {
             device.offloads = offloads;
-            effects.push(Effect::DataPathChanged);
+            effects.push(Effect::Changed);
         }
         let current = offloads.describe(version, &[]);
         effects.push(Effect::Indicate(rndis::indicate(Event::OffloadConfig, &current)));
@@ -95,12 +95,22 @@ impl Nvsp {
 
     /// Frames are Ethernet, and nothing else is to be had: the guest only turns offloads on by it.
     fn set_encapsulation(&mut self, info: &[u8]) -> Result<(), Status> {
-        match oid::Encapsulation::read_from_prefix(info) {
-            Err(_) => Err(Status::InvalidLength),
-            Ok((value, _)) if value.header.kind != oid::TYPE_ENCAPSULATION => Err(Status::InvalidData),
-            Ok(_) => Ok(()),
-        }
+        let len = size_of::<oid::Encapsulation>();
+        structure::<oid::Encapsulation>(info, len, oid::TYPE_ENCAPSULATION).map(drop)
     }
+}
+
+/// The NDIS structure of type `kind` at the start of `info`. One of `least` bytes and more, as older revisions are, has zeroes
+/// for what it lacks.
+pub(super) fn structure<T: FromBytes + IntoBytes>(info: &[u8], least: usize, kind: u8) -> Result<T, Status> {
+    let mut value = T::new_zeroed();
+    let len = info.len().min(size_of::<T>());
+    match (value.as_mut_bytes().get_mut(..len), info.get(..len)) {
+        (Some(to), Some(from)) if len >= least => to.copy_from_slice(from),
+        _ => return Err(Status::InvalidLength),
+    }
+    // The header's first byte.
+    if info.first() == Some(&kind) { Ok(value) } else { Err(Status::InvalidData) }
 }
 
 fn word(info: &[u8]) -> Result<u32, Status> {

@@ -10,6 +10,7 @@ use crate::protocol::oid::Oid;
 mod guest;
 mod oids;
 mod restart;
+mod sweep;
 mod table;
 
 use guest::{Guest, completion, config, reply, status_of};
@@ -71,20 +72,15 @@ fn completion_only_when_wanted() {
     assert_eq!(guest.send(Kind::SendNdisVersion, &ndis, false), vec![]);
     assert_eq!(guest.send(Kind::SendNdisVersion, &ndis, true), vec![Effect::Complete(vec![])]);
     guest.send(Kind::SendReceiveBuffer, &guest::buffer(1), false);
-    assert_eq!(guest.nic.mapped(Buffer::Receive, Some(1 << 20)), vec![Effect::DataPathChanged]);
+    assert_eq!(guest.nic.mapped(Buffer::Receive, Some(1 << 20)), vec![Effect::Changed]);
 }
 
 #[test]
 fn buffer_that_cannot_be_mapped_is_refused_and_may_be_offered_again() {
-    for (bytes, effect) in [
-        (None, None),
-        (Some(3000), Some(Effect::UnmapReceive)),
-        (Some((32 << 20) + 1), Some(Effect::UnmapReceive)),
-    ] {
+    for bytes in [None, Some(3000), Some((32 << 20) + 1)] {
         let mut guest = Guest::agreed(config());
         guest.send(Kind::SendReceiveBuffer, &guest::buffer(1), true);
         let effects = guest.nic.mapped(Buffer::Receive, bytes);
-        assert_eq!(effects.iter().find(|e| !matches!(e, Effect::Complete(_))), effect.as_ref());
         assert_eq!(status_of(&completion(effects)), Status::Failure as u32);
         assert_eq!(guest.nic.data_path().receive, None);
         let again = guest.send(Kind::SendReceiveBuffer, &guest::buffer(1), true);
@@ -106,8 +102,7 @@ fn same_buffer_offered_twice_is_answered_alike_and_another_refused() {
 fn subchannels_are_granted_once_up_to_the_limit_and_completed_before_they_are_offered() {
     let mut guest = Guest::running(config());
     let effects = guest.subchannels(63);
-    let [Effect::DataPathChanged, Effect::Complete(answer), Effect::OfferSubchannels(3)] = effects.as_slice()
-    else {
+    let [Effect::Changed, Effect::Complete(answer), Effect::OfferSubchannels(3)] = effects.as_slice() else {
         panic!("{effects:?}");
     };
     assert_eq!(answer[4..12], [1, 0, 0, 0, 3, 0, 0, 0]);
@@ -134,13 +129,13 @@ fn mtu_change_and_suspend_go_through_halt_revoke_close_and_begin_again() {
     let mut guest = Guest::running(NicConfig { mtu: 9000, ..config() });
     assert_eq!(guest.nic.data_path().mtu, 1500);
     guest.set(Oid::GEN_CURRENT_PACKET_FILTER, &[0; 4]);
-    assert_eq!(guest.nic.rndis(&rndis::request(rndis::Kind::Halt, 3)).unwrap(), vec![Effect::Halted]);
+    assert_eq!(guest.nic.rndis(&rndis::request(rndis::Kind::Halt, 3)).unwrap(), vec![Effect::Changed]);
     let id = nvsp::RevokeBuffer { id: U16::new(0xcafe) };
     let revoked = guest.send(Kind::RevokeReceiveBuffer, &id, false);
-    assert_eq!(revoked, vec![Effect::UnmapReceive, Effect::DataPathChanged]);
+    assert_eq!(revoked, vec![Effect::Changed]);
     let revoked = guest.send(Kind::RevokeSendBuffer, &id, false);
-    assert_eq!(revoked, vec![Effect::UnmapSend, Effect::DataPathChanged]);
-    assert_eq!(guest.nic.channel_closed(0), vec![Effect::DataPathChanged]);
+    assert_eq!(revoked, vec![Effect::Changed]);
+    assert_eq!(guest.nic.channel_closed(0), vec![Effect::Changed]);
     assert_eq!(guest.nic.phase(), Phase::Closed);
     completion(guest.init(0x6_0001));
     guest.ndis_config(9014, 0xac);
@@ -157,7 +152,7 @@ fn closed_primary_channel_forgets_all_but_the_address_and_unmaps() {
     let mac = Mac([2, 0, 0, 0, 0, 9]);
     guest.set(Oid::GEN_RNDIS_CONFIG_PARAMETER, &crate::protocol::oid::network_address_parameter(mac));
     let effects = guest.nic.channel_closed(0);
-    assert_eq!(effects, vec![Effect::DataPathChanged, Effect::UnmapReceive, Effect::UnmapSend]);
+    assert_eq!(effects, vec![Effect::Changed]);
     let path = guest.nic.data_path();
     assert_eq!((path.state, path.version, path.receive, path.send), (Phase::Closed, None, None, None));
     assert_eq!((path.mac, path.subchannels, path.rss), (mac, 0, None));
@@ -174,8 +169,8 @@ fn frame_size_below_ipv4_is_a_violation_and_beyond_the_host_is_cut() {
     }
     guest.send(Kind::SendNdisConfig, &with(u32::MAX), false);
     assert_eq!(guest.nic.data_path().mtu, 1500);
-    assert_eq!(guest.nic.set_mtu(900), vec![Effect::DataPathChanged]);
-    assert_eq!(guest.nic.set_mtu(900), vec![]);
+    assert_eq!(guest.nic.configure(900, None, false), vec![Effect::Changed]);
+    assert_eq!(guest.nic.configure(900, None, false), vec![]);
     assert_eq!(guest.nic.data_path().mtu, 900);
 }
 

@@ -94,6 +94,11 @@ impl Control {
         }
     }
 
+    /// Frames may move, as far as the operator is concerned.
+    pub(super) fn has_cable(&self) -> bool {
+        self.quiesce.is_none() && self.nvsp.link_is_up()
+    }
+
     pub(super) fn receive(&mut self, data: &DataPath, rss: Option<Rss>) -> Option<ReceivePath> {
         let Some((wanted, pages)) = data.receive.as_ref().and_then(|receive| {
             let pages = self.gpadls.get(&receive.gpadl)?.clone();
@@ -107,10 +112,9 @@ impl Control {
             _ => Arc::new(Sections::new(wanted.sections.min(MAX_SECTIONS), self.state.journal())),
         };
         self.sections = Some((wanted.gpadl, Arc::clone(&sections)));
-        let cable = self.quiesce.is_none() && self.nvsp.link_is_up();
         let form = Form {
             section_size: wanted.section_size,
-            filter: if cable { data.filter } else { PacketFilter::empty() },
+            filter: if self.has_cable() { data.filter } else { PacketFilter::empty() },
             multicast: data.multicast.clone(),
             rsc: data.rsc,
             rss,

@@ -20,7 +20,7 @@ use super::state::State;
 use super::throttle::Throttle;
 use crate::control::{Buffer, Effect, Effects, NicConfig, Nvsp, Phase};
 use crate::queue::{Channel, Message, Path, QueueFault, Request, SendPath, Sink, Source};
-use crate::sections::{MAX_SECTIONS, Sections};
+use crate::sections::{Ends, Journal, MAX_SECTIONS, Sections};
 
 /// How long memory that a burst is still using is waited for, in steps of [`STEP`]: a burst takes microseconds.
 const STEPS: u32 = 10_000;
@@ -32,8 +32,6 @@ pub(crate) struct Device {
     port: BackendPort,
     requests: Box<dyn Fn(FromSwitch) + Send + Sync>,
     control: Mutex<Control>,
-    /// What a successor must know has changed.
-    dirty: AtomicBool,
     /// This machine's guest has faulted the port; until it gave everything back, or the operator restarts the port.
     faulted: AtomicBool,
     throttle: Throttle,
@@ -87,7 +85,6 @@ impl Device {
                 quiesce: None,
                 pardons: 0,
             }),
-            dirty: AtomicBool::new(false),
             faulted: AtomicBool::new(faulted),
             throttle: Throttle::default(),
             plug: Mutex::default(),
@@ -114,6 +111,10 @@ impl Device {
         }
         control.gpadls.insert(gpadl, pages);
         true
+    }
+
+    pub(super) fn journal(&self) -> Journal {
+        self.control().state.journal()
     }
 
     pub(super) fn pages(&self, gpadl: u32) -> Option<Pages> {
@@ -174,11 +175,14 @@ impl Device {
             }
             opened.channel.set_path(&control.path);
             control.channels.insert(index, opened);
-            if resumed && control.resuming {
+            if control.resuming {
+                // All are connected once all is told, whoever opened them: the path of before is not known yet.
                 return;
             }
             let effects = control.nvsp.channel_opened(index);
             self.carry_out(&mut control, effects, None);
+            // A successor is not told of it by the guest again.
+            control.save();
         }
         self.connect(index, &plug);
     }
@@ -190,7 +194,7 @@ impl Device {
             self.port.recover();
             control.told = None;
         }
-        control.unread = false;
+        (control.unread, control.resuming) = (false, false);
         let effects = control.nvsp.channel_closed(0);
         self.carry_out(control, effects, None);
         control.state.clear();
@@ -218,22 +222,40 @@ impl Device {
                 return;
             }
             self.resume(&mut control);
+            let subchannels = control.nvsp.data_path().subchannels;
+            let mut effects = Effects::new();
+            for index in 1..=subchannels {
+                // Nor do we know of channels that were opened or closed meanwhile.
+                effects.extend(match control.channels.contains_key(&index) {
+                    true => control.nvsp.channel_opened(index),
+                    false => control.nvsp.channel_closed(index),
+                });
+            }
+            if subchannels > 0 {
+                // The predecessor may have died before the VMM heard it; the guest waits for what it was granted.
+                effects.push(Effect::OfferSubchannels(subchannels));
+            }
+            self.carry_out(&mut control, effects, None);
+            control.save();
             control.channels.keys().copied().collect()
         };
         indices.into_iter().for_each(|index| self.connect(index, &plug));
     }
 
-    /// Finds the sections that the guest has.
+    /// Finds where the channels stand, and the sections that the guest has.
     fn resume(&self, control: &mut Control) {
+        let ends: BTreeMap<u16, Ends> = control
+            .channels
+            .iter_mut()
+            .filter_map(|(&index, opened)| Some((index, opened.channel.resume(opened.incoming.as_mut()?))))
+            .collect();
+        let journal = control.state.journal();
         if let Some(receive) = control.nvsp.data_path().receive {
-            let ends: BTreeMap<u16, u32> =
-                control.channels.iter().map(|(index, opened)| (*index, opened.channel.position())).collect();
-            let journal = control.state.journal();
-            let sections = Sections::restore(receive.sections.min(MAX_SECTIONS), journal, |index| {
-                ends.get(&index).copied()
-            });
+            let count = receive.sections.min(MAX_SECTIONS);
+            let sections = Sections::restore(count, journal.clone(), |index| ends.get(&index).copied());
             control.sections = Some((receive.gpadl, Arc::new(sections)));
         }
+        ends.keys().for_each(|&index| journal.forget_round(index));
         self.rebuild(control);
     }
 
@@ -245,8 +267,12 @@ impl Device {
         self.faulted.store(false, Ordering::SeqCst);
         let mut control = self.control();
         control.told = None;
-        let again: Result<Vec<(u16, Opened)>, NicError> =
-            control.channels.iter().map(|(&index, old)| Ok((index, old.again(index)?))).collect();
+        let journal = control.state.journal();
+        let again: Result<Vec<(u16, Opened)>, NicError> = control
+            .channels
+            .iter()
+            .map(|(&index, old)| Ok((index, old.again(index, journal.clone())?)))
+            .collect();
         match again {
             Ok(again) => {
                 control.past = control.statistics();
@@ -270,12 +296,11 @@ impl Device {
         opened.channel.close();
         let mut control = self.control();
         control.past.add(&opened.channel);
+        control.resuming &= index != 0;
         let effects = control.nvsp.channel_closed(index);
         self.carry_out(&mut control, effects, None);
         if index == 0 {
-            self.rebuild(&mut control);
             control.state.clear();
-            control.resuming = false;
         } else {
             control.save();
         }
@@ -354,11 +379,7 @@ impl Device {
     pub(super) fn settings_changed(&self) {
         let settings = self.port.settings();
         let mut control = self.control();
-        let mut effects = control.nvsp.set_mtu(settings.mtu);
-        if let Some(mac) = settings.mac {
-            effects.extend(control.nvsp.set_mac(mac));
-        }
-        control.nvsp.set_spoofing(settings.spoofing);
+        let effects = control.nvsp.configure(settings.mtu, settings.mac, settings.spoofing);
         self.carry_out(&mut control, effects, None);
         control.save();
     }
@@ -369,84 +390,69 @@ impl Device {
         self.throttle.until(now)
     }
 
-    /// A queue found a control message.
-    pub(crate) fn request(
-        &self,
-        channel: &Arc<Channel>,
-        request: Request,
-        now: Nanos,
-    ) -> Result<(), QueueFault> {
-        self.throttle.count(now);
-        let mut control = self.control();
-        let (effects, reply) = match request {
-            Request::Nvsp(message, transaction, wanted) => {
-                (control.nvsp.request(&message, wanted)?, Some((&**channel, transaction)))
-            }
-            Request::Rndis(message) => {
-                let statistics = control.statistics();
-                control.nvsp.set_statistics(statistics);
-                (control.nvsp.rndis(&message)?, None)
-            }
-        };
-        self.carry_out(&mut control, effects, reply);
-        if !control.nvsp.is_kept() {
-            self.dirty.store(true, Ordering::Release);
-        }
-        Ok(())
+    /// For a queue that has a control request to carry out, or an answer to write.
+    pub(crate) fn lock(&self) -> Adapter<'_> {
+        Adapter { device: self, control: self.control() }
     }
 
-    /// Saves what a successor must know, if it has changed.
-    #[inline]
-    pub(crate) fn keep(&self) {
-        if self.dirty.load(Ordering::Relaxed) && self.dirty.swap(false, Ordering::Acquire) {
-            self.control().save();
+    /// The guest has `answer`.
+    pub(crate) fn answered(&self, answer: &Answer) {
+        if let Some(count) = answer.offer {
+            (self.requests)(FromSwitch::OfferSubchannels { device: self.number, count });
         }
     }
 
-    fn carry_out(&self, control: &mut Control, effects: Effects, reply: Option<(&Channel, u64)>) {
+    fn carry_out(&self, control: &mut Control, effects: Effects, mut asked: Option<Asked<'_>>) {
         let mut left: VecDeque<Effect> = effects.into_iter().collect();
         while let Some(effect) = left.pop_front() {
-            let primary = control.channels.get(&0).map(|opened| Arc::clone(&opened.channel));
-            let to = match (&effect, reply) {
-                (Effect::Complete(_), Some((channel, _))) => channel.index,
-                _ => 0,
-            };
-            let sent = match (effect, primary) {
-                (Effect::Complete(payload), _) => reply
-                    .map(|(channel, transaction)| channel.send(Message::Completion(transaction, payload))),
-                (Effect::RndisReply(message) | Effect::Indicate(message), Some(primary)) => {
-                    Some(primary.send(Message::Control(message)))
+            let (to, message) = match (effect, &mut asked) {
+                (Effect::Complete(payload), Some(asked)) => {
+                    (asked.channel, Message::Completion(asked.transaction, payload))
                 }
-                (Effect::InBand(message), Some(primary)) => Some(primary.send(Message::InBand(message))),
+                (Effect::RndisReply(message) | Effect::Indicate(message), _) => {
+                    (0, Message::Control(message))
+                }
+                (Effect::InBand(message), _) => (0, Message::InBand(message)),
                 (Effect::MapReceive { gpadl }, _) => {
                     let bytes = control.gpadls.get(&gpadl).map(Pages::len);
                     // A new buffer has no sections that anybody owns.
                     control.sections = None;
                     left.extend(control.nvsp.mapped(Buffer::Receive, bytes));
-                    None
+                    continue;
                 }
                 (Effect::MapSend { gpadl }, _) => {
                     let bytes = control.gpadls.get(&gpadl).map(Pages::len);
                     left.extend(control.nvsp.mapped(Buffer::Send, bytes));
-                    None
+                    continue;
                 }
-                (Effect::UnmapReceive | Effect::UnmapSend | Effect::DataPathChanged | Effect::Halted, _) => {
+                (Effect::Changed, _) => {
                     self.rebuild(control);
-                    None
+                    continue;
                 }
-                (Effect::OfferSubchannels(count), _) => {
+                (Effect::OfferSubchannels(count), Some(asked)) => {
+                    asked.answer.offer = Some(count);
+                    continue;
+                }
+                (Effect::OfferSubchannels(count), None) => {
                     (self.requests)(FromSwitch::OfferSubchannels { device: self.number, count });
-                    None
+                    continue;
                 }
-                _ => None,
+                (Effect::Complete(_), None) => continue,
             };
-            match sent {
-                None | Some(Ok(true)) => {}
-                // Its source sends it later, and may be asleep.
-                Some(Ok(false)) => self.port.nudge(to),
-                // The ring is of no use; whoever polls it finds out as well.
-                Some(Err(fault)) => self.fault(&fault),
+            match &mut asked {
+                Some(asked) if asked.channel == to => asked.answer.replies.push(message),
+                _ => self.send(control, to, message),
             }
+        }
+    }
+
+    fn send(&self, control: &Control, to: u16, message: Message) {
+        match control.channels.get(&to).map(|opened| opened.channel.send(message)) {
+            None | Some(Ok(true)) => {}
+            // Its source sends it later, and may be asleep.
+            Some(Ok(false)) => self.port.nudge(to),
+            // The ring is of no use; whoever polls it finds out as well.
+            Some(Err(fault)) => self.fault(&fault),
         }
     }
 
@@ -470,6 +476,7 @@ impl Device {
             receive,
             send,
             max_packets: data.max_packets_per_message as usize,
+            transmit: data.state == Phase::Running && control.has_cable(),
             accepts: if data.rsc { large } else { Accepts::CHECKSUM },
         };
         control.path = Arc::new(path);
@@ -500,5 +507,61 @@ impl Device {
     pub(crate) fn faulted(&self, fault: QueueFault) -> BackendFault {
         self.fault(&fault);
         Box::new(fault)
+    }
+}
+
+/// What is to come of a request, once there is room for it.
+#[derive(Debug, Default)]
+pub(crate) struct Answer {
+    /// What the guest is told, on the channel that it asked on.
+    pub(crate) replies: Vec<Message>,
+    /// Subchannels that the VMM is to offer: the guest has to know of its grant first.
+    offer: Option<u16>,
+}
+
+/// A request that is carried out.
+struct Asked<'a> {
+    channel: u16,
+    transaction: u64,
+    answer: &'a mut Answer,
+}
+
+/// The adapter, while a queue carries out a control request and answers it.
+pub(crate) struct Adapter<'d> {
+    device: &'d Device,
+    control: MutexGuard<'d, Control>,
+}
+
+impl Adapter<'_> {
+    /// Carries out what was asked on `channel`.
+    pub(crate) fn request(
+        &mut self,
+        channel: &Channel,
+        request: Request,
+        now: Nanos,
+    ) -> Result<Answer, QueueFault> {
+        let Self { device, control } = self;
+        device.throttle.count(now);
+        let (effects, transaction) = match request {
+            Request::Nvsp(message, transaction, wanted) => {
+                (control.nvsp.request(&message, wanted)?, transaction)
+            }
+            Request::Rndis(message) => {
+                let statistics = control.statistics();
+                control.nvsp.set_statistics(statistics);
+                (control.nvsp.rndis(&message)?, 0)
+            }
+        };
+        let mut answer = Answer::default();
+        let asked = Asked { channel: channel.index, transaction, answer: &mut answer };
+        device.carry_out(control, effects, Some(asked));
+        Ok(answer)
+    }
+
+    /// Saves what a successor must know, if it has changed.
+    pub(crate) fn keep(&mut self) {
+        if !self.control.nvsp.is_kept() {
+            self.control.save();
+        }
     }
 }

@@ -24,9 +24,10 @@ use vswitch::backend::{BackendEvent, BackendPort};
 
 use crate::control::NicConfig;
 use crate::queue::Channel;
+use crate::sections::Journal;
 
 use control::Opened;
-pub(crate) use device::Device;
+pub(crate) use device::{Answer, Device};
 pub(crate) use state::State;
 
 /// Memory that one adapter's guest grants at most, in pieces: buffers and rings.
@@ -126,6 +127,12 @@ impl Nic {
         Ok(Self { device })
     }
 
+    /// What its queues act on.
+    #[cfg(test)]
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
     /// The guest grants `pages`. False if it granted too much, or the same twice.
     pub fn gpadl(&self, gpadl: u32, pages: Pages) -> bool {
         self.device.add_gpadl(gpadl, pages, MAX_GPADLS)
@@ -136,7 +143,7 @@ impl Nic {
         self.device.remove_gpadl(gpadl);
     }
 
-    /// Opens a channel whose rings are in `memory`. One that a predecessor served is silent until [`Nic::ready`].
+    /// Opens a channel whose rings are in `memory`. Where a predecessor's are still being told it is silent until [`Nic::ready`].
     ///
     /// # Errors
     /// It cannot be opened; the guest is to be told.
@@ -150,7 +157,11 @@ impl Nic {
         let interrupt = Interrupt::new(memory, target)?;
         let doorbell = Arc::new(Doorbell::from_peer(doorbell)?);
         self.device.admit(index, &rings, resumed)?;
-        let opened = Opened::new(index, rings, downstream_page, doorbell, interrupt, !resumed)?;
+        let journal = self.device.journal();
+        if !resumed {
+            journal.forget_round(index);
+        }
+        let opened = Opened::new(index, rings, downstream_page, doorbell, interrupt, !resumed, journal)?;
         self.device.open(opened, resumed);
         Ok(())
     }
@@ -160,7 +171,7 @@ impl Nic {
         self.device.close(index);
     }
 
-    /// A channel's interrupts go elsewhere from now on.
+    /// A channel's interrupts go elsewhere from now on, the first of them at once.
     ///
     /// # Errors
     /// The guest's event flags are not in its memory: they go where they went.
@@ -208,19 +219,23 @@ impl Opened {
         doorbell: Arc<Doorbell>,
         interrupt: Interrupt,
         fresh: bool,
+        journal: Journal,
     ) -> Result<Self, NicError> {
         let open =
             OpenChannel::new(&rings, downstream_page, Arc::clone(&doorbell), interrupt.clone(), fresh)?;
         let to_guest = rings.pages(downstream_page, u32::MAX);
-        let channel = Channel::new(index, open.outgoing, &to_guest, open.doorbell, open.interrupt);
+        let channel = Channel::new(index, open.outgoing, &to_guest, open.doorbell, open.interrupt, journal);
         let split = ChannelError::Split { pages: rings.count(), downstream_page };
         let channel = Arc::new(channel.ok_or(split)?);
         Ok(Self { channel, rings, downstream_page, doorbell, interrupt, incoming: Some(open.incoming) })
     }
 
     /// The same channel, read and written on from where its rings stand.
-    fn again(&self, index: u16) -> Result<Self, NicError> {
+    fn again(&self, index: u16, journal: Journal) -> Result<Self, NicError> {
         let (rings, doorbell) = (self.rings.clone(), Arc::clone(&self.doorbell));
-        Self::new(index, rings, self.downstream_page, doorbell, self.interrupt.clone(), false)
+        let again =
+            Self::new(index, rings, self.downstream_page, doorbell, self.interrupt.clone(), false, journal)?;
+        again.channel.succeed(&self.channel);
+        Ok(again)
     }
 }

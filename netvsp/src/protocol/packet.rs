@@ -355,8 +355,6 @@ pub struct TxPacket {
     pub lso: Option<Lso>,
     /// Tag to insert.
     pub vlan: Option<Vlan>,
-    /// The guest's own hash of the flow.
-    pub hash: Option<u32>,
 }
 
 impl TxPacket {
@@ -367,19 +365,18 @@ impl TxPacket {
     /// [`PacketError`].
     #[inline]
     pub fn parse(head: &[u8], available: u32) -> Result<Self, PacketError> {
-        let (mut checksum, mut lso, mut vlan, mut hash) = (None, None, None, None);
+        let (mut checksum, mut lso, mut vlan) = (None, None, None);
         let Layout { len, data_offset, data_len } = parse(head, available, |kind, data| {
             let word = u32::from_le_bytes(data);
             match kind {
                 CHECKSUM => checksum = Some(TxChecksum::from_word(word)),
                 LSO => lso = Some(word),
                 VLAN => vlan = Some(Vlan::from_word(word)),
-                HASH_VALUE => hash = Some(word),
                 _ => {}
             }
         })?;
         let lso = lso.map(Lso::from_word).transpose()?;
-        Ok(Self { len, data_offset, data_len, checksum, lso, vlan, hash })
+        Ok(Self { len, data_offset, data_len, checksum, lso, vlan })
     }
 }
 

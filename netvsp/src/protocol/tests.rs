@@ -203,12 +203,12 @@ fn sent() -> Vec<u8> {
 fn sent_packet_is_parsed_and_built() {
     let packet = TxPacket::parse(&sent(), 102).unwrap();
     assert_eq!((packet.len, packet.data_offset, packet.data_len), (102, 92, 10));
-    assert_eq!(packet.hash, Some(0x1234_5678));
     assert_eq!(packet.vlan, Some(Vlan { id: 100, priority: 5, dei: false }));
     let checksum = TxChecksum { what: TxChecksums::IPV4 | TxChecksums::TCP, transport_offset: 34 };
     assert_eq!(packet.checksum, Some(checksum));
     assert_eq!(packet.lso, None);
-    let header = TxHeader { checksum: packet.checksum, lso: None, vlan: packet.vlan, hash: packet.hash };
+    let header =
+        TxHeader { checksum: packet.checksum, lso: None, vlan: packet.vlan, hash: Some(0x1234_5678) };
     let mut built = [0; 128];
     let len = header.write(&mut built, 10).unwrap();
     assert_eq!(built[..len], sent()[..92]);
@@ -266,8 +266,8 @@ fn packet_without_information_and_unknown_information_are_taken() {
     let packet = TxPacket::parse(&bytes[..44], 104).unwrap();
     assert_eq!((packet.len, packet.data_offset, packet.data_len), (104, 44, 60));
     let mut bytes = sent();
-    bytes[48..52].copy_from_slice(&0x8000_0001u32.to_le_bytes());
-    assert_eq!(TxPacket::parse(&bytes, 102).unwrap().hash, None);
+    bytes[64..68].copy_from_slice(&0x8000_0001u32.to_le_bytes());
+    assert_eq!(TxPacket::parse(&bytes, 102).unwrap().vlan, None);
 }
 
 #[test]

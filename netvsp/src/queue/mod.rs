@@ -4,9 +4,10 @@
 //! with its completions and whoever delivers frames, and so a lock, [`Half`], held for a burst at a time and never while
 //! frames are delivered to others: two channels that send to each other cannot wait for one another.
 //!
-//! A source publishes nothing before its burst was delivered: then it writes the completions, a whole burst's at once, and
-//! only when all of them are in the ring gives the guest its room back. A switch that is killed has thus lost nothing that
-//! it took, and a guest that does not read its completions stops sending, and nobody else.
+//! A source publishes nothing before its burst was delivered: then it carries out the control request that ended the burst,
+//! if one did, writes its answer and the completions, a whole burst's at once, and only when all of them are in the ring
+//! gives the guest its room back. A switch that is killed has thus lost nothing that it took, and a guest that does not read
+//! its completions stops sending, and nobody else. Nor has it done anything twice: see the journal in [`crate::sections`].
 //!
 //! Cost of a burst: one lock of the source's and one of each sink's, one fence each. Cost of a frame sent: one copy of its
 //! ring packet and of its RNDIS header, one completion of 64 bytes. Cost of a frame received: 124 bytes of header at most,
@@ -22,13 +23,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmbus::channel::Interrupt;
 use vmbus::pages::{Pages, SharedWord};
-use vmbus::ring::{Outgoing, PacketHeader, PacketKind, RingFault, TransferRange, WriteError};
+use vmbus::ring::{Incoming, Outgoing, PacketHeader, PacketKind, RingFault, TransferRange, WriteError};
 use vmq::doorbell::Doorbell;
 use vmq::frame::Accepts;
 
 use crate::protocol::nvsp;
 use crate::receive::Form;
-use crate::sections::{NotOutstanding, Sections, Stock};
+use crate::sections::{Ends, Journal, NotOutstanding, Sections, Stock};
 use crate::transmit::TransmitFault;
 
 pub(crate) use sink::Sink;
@@ -131,6 +132,8 @@ pub(crate) struct Path {
     pub(crate) send: Option<SendPath>,
     /// Most packets in one message 107.
     pub(crate) max_packets: usize,
+    /// The guest's frames are taken; else they are dropped.
+    pub(crate) transmit: bool,
     /// What the guest takes undone.
     pub(crate) accepts: Accepts,
 }
@@ -144,6 +147,25 @@ pub(crate) enum Message {
     InBand(Vec<u8>),
     /// An RNDIS control message, in a receive section.
     Control(Vec<u8>),
+}
+
+/// Bytes of a packet in the ring but for its payload: descriptor and trailer.
+const AROUND: usize = 16 + 8;
+
+/// Bytes that a completion takes in the ring.
+const COMPLETION_BYTES: usize = AROUND + nvsp::MESSAGE_BYTES;
+
+impl Message {
+    /// Bytes that it takes in the ring.
+    fn ring_bytes(&self) -> usize {
+        match self {
+            Self::Completion(_, payload) | Self::InBand(payload) => {
+                AROUND + payload.len().next_multiple_of(8)
+            }
+            // A header of 8 bytes more, and one range.
+            Self::Control(_) => COMPLETION_BYTES + 8 + size_of::<TransferRange>(),
+        }
+    }
 }
 
 /// Messages that wait for the guest at most. More are made only by one that reads none.
@@ -167,6 +189,7 @@ pub(crate) struct Half {
     outgoing: Outgoing,
     /// The ring's write index, for the journal.
     position: SharedWord,
+    journal: Journal,
     path: Arc<Path>,
     /// Free sections at hand.
     stock: Stock,
@@ -181,19 +204,15 @@ pub(crate) struct Half {
 impl Half {
     /// What the adapter's channels share changed.
     pub(crate) fn set_path(&mut self, path: &Arc<Path>) {
-        if !self.same_sections(path) {
+        if path.receive.as_ref().is_none_or(|receive| !self.uses(&receive.sections)) {
             // They are of a buffer that is no more.
             self.stock.clear();
         }
         self.path = Arc::clone(path);
     }
 
-    fn same_sections(&self, path: &Path) -> bool {
-        match (&self.path.receive, &path.receive) {
-            (Some(old), Some(new)) => Arc::ptr_eq(&old.sections, &new.sections),
-            (None, None) => true,
-            _ => false,
-        }
+    fn uses(&self, sections: &Arc<Sections>) -> bool {
+        self.path.receive.as_ref().is_some_and(|receive| Arc::ptr_eq(&receive.sections, sections))
     }
 
     /// The channel is closed: its sections are free.
@@ -205,12 +224,11 @@ impl Half {
         self.pending.clear();
     }
 
-    /// Writes `message` now or, if the ring is full, when [`Half::flush`] finds room.
-    pub(crate) fn send(&mut self, message: Message) -> Result<(), QueueFault> {
+    /// Has `message` written when [`Half::flush`] finds room.
+    fn queue(&mut self, message: Message) {
         if self.pending.len() < MAX_PENDING {
             self.pending.push_back(message);
         }
-        self.flush().map(|_| ())
     }
 
     /// Writes what waits, as far as it goes.
@@ -267,8 +285,7 @@ impl Half {
         let Some(&first) = self.chain.first() else { return Ok(true) };
         if self.unpublished.is_empty() {
             // Where the ring ends until all that is unpublished appears at once.
-            let position = self.position.load(Ordering::Relaxed);
-            receive.sections.journal().set_position(self.index, position);
+            self.journal.set_position(self.index, self.position.load(Ordering::Relaxed));
         }
         receive.sections.occupy(self.index, &self.chain);
         let header = PacketHeader {
@@ -328,12 +345,14 @@ impl Channel {
         ring: &Pages,
         doorbell: Arc<Doorbell>,
         interrupt: Interrupt,
+        journal: Journal,
     ) -> Option<Self> {
         let half = Half {
             index,
             outgoing,
             // The write index is the control page's first word.
             position: ring.word(0)?,
+            journal,
             path: Arc::default(),
             stock: Stock::new(),
             pending: VecDeque::new(),
@@ -366,10 +385,19 @@ impl Channel {
     /// Sends `message` as soon as there is room. False if that is not now: the source must be polled.
     pub(crate) fn send(&self, message: Message) -> Result<bool, QueueFault> {
         let mut half = self.half();
-        half.send(message)?;
+        half.queue(message);
+        half.flush()?;
         self.show(&mut half);
         self.note_pending(&half);
         Ok(half.pending.is_empty())
+    }
+
+    /// What waits for the guest at `old`, which nobody polls any more, waits here.
+    pub(crate) fn succeed(&self, old: &Self) {
+        let pending = std::mem::take(&mut old.half().pending);
+        let mut half = self.half();
+        half.pending = pending;
+        self.note_pending(&half);
     }
 
     fn note_pending(&self, half: &Half) {
@@ -396,9 +424,16 @@ impl Channel {
         half.pending.is_empty() && half.outgoing.is_read()
     }
 
-    /// Where the ring to the guest ends.
-    pub(crate) fn position(&self) -> u32 {
-        self.half().position.load(Ordering::Relaxed)
+    /// Goes on where a predecessor stopped, which may have been between two stores that end a round. Where the rings stand
+    /// then.
+    pub(crate) fn resume(&self, incoming: &mut Incoming) -> Ends {
+        let half = self.half();
+        let write = half.position.load(Ordering::Relaxed);
+        let skipped = half.journal.ended_round(self.index, write).is_some_and(|read| incoming.skip_to(read));
+        if skipped && incoming.commit() {
+            self.interrupt.signal();
+        }
+        Ends { write, read: incoming.mark().index() }
     }
 
     /// Nothing is sent any more; sections are free.
@@ -406,3 +441,6 @@ impl Channel {
         self.half().close();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,7 @@
 //! What a guest sends: frames into bursts, control messages to the adapter, completions of what it received.
+//!
+//! A control request ends its burst, and is carried out when the frames before it are delivered. The adapter stays locked
+//! from then on until the guest has the answer, so that nobody else saves what was not answered.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,12 +10,14 @@ use vmbus::ring::{Incoming, Packet, PacketBuffer, PacketHeader, PacketKind};
 use vmq::frame::{BURST_FRAMES, Burst};
 use vmq::memory::GuestMemory;
 use vmq::worker::{Nanos, Wait};
+use vswitch::DropReason;
 use vswitch::backend::{BackendFault, FrameSource};
 use vswitch::tally::Tally;
 
-use super::{Channel, Half, Moved, Path, QueueFault, Written};
-use crate::nic::Device;
+use super::{COMPLETION_BYTES, Channel, Half, Message, Moved, Path, QueueFault, Written};
+use crate::nic::{Answer, Device};
 use crate::protocol::{nvsp, rndis};
+use crate::sections::{Ends, Sections};
 use crate::transmit::{self, Bytes, PIECES, Slot};
 
 /// Ring packets taken at once, so that a flood of completions or control messages is no burst without end.
@@ -35,9 +40,6 @@ const AHEAD: usize = 8;
 /// Bytes of a message's beginning that are fetched: RNDIS header and the headers of the frame.
 const NEAR: usize = 112;
 
-/// Bytes that a completion takes in the ring: its descriptor, the message, the trailer.
-const COMPLETION_BYTES: usize = 16 + nvsp::MESSAGE_BYTES + 8;
-
 /// How soon a ring that was full is looked at again, should the guest not say that there is room.
 const RETRY: Nanos = 1_000_000;
 
@@ -54,8 +56,12 @@ pub(crate) struct Source {
     path: Option<Arc<Path>>,
     /// Transactions to be completed.
     done: Vec<u64>,
-    /// Sections that the guest gave back.
+    /// Sections that the guest gave back, and the buffer's that they are of.
     back: Vec<u32>,
+    owner: Option<Arc<Sections>>,
+    /// What ended the burst, and what is to come of it once there is room.
+    request: Option<Request>,
+    answer: Option<Answer>,
     /// Packets were taken and their room is not given back.
     taken: bool,
     /// Packets taken at once, so that half the ring to the guest holds their completions.
@@ -82,6 +88,9 @@ impl Source {
             path: None,
             done: Vec::with_capacity(MAX_PACKETS),
             back: Vec::new(),
+            owner: None,
+            request: None,
+            answer: None,
             taken: false,
             now: 0,
         }
@@ -96,15 +105,16 @@ impl Source {
         if self.device.throttled(now).is_some() {
             return Ok(());
         }
-        let Self { device, channel, incoming, memory, buffer, slots, path, done, back, taken, most, .. } =
+        let Self { device, channel, incoming, memory, buffer, slots, path, done, back, owner, taken, .. } =
             self;
+        let (request, most) = (&mut self.request, self.most);
         let path: &'m Path = path.insert(Arc::clone(&channel.half().path));
         let limit = path.max_packets.clamp(1, BURST_FRAMES);
         let mut work = Work { path, memory, slots: &mut slots[..], limit, done, pieces: 0 };
         let before = tally.dropped_total();
         let mut packets = || {
             let mut bytes = 0;
-            for count in 0..*most {
+            for count in 0..most {
                 if bytes > MAX_BYTES || !work.has_room(burst) {
                     break;
                 }
@@ -121,9 +131,9 @@ impl Source {
                         }
                     }
                     PacketKind::InBand | PacketKind::GpaDirect { .. } => {
-                        if let Some(request) = work.message(&packet, burst, tally)? {
-                            device.request(channel, request, now)?;
-                            // It may have changed the path.
+                        *request = work.message(&packet, burst, tally)?;
+                        if request.is_some() {
+                            // It may change the path.
                             break;
                         }
                     }
@@ -133,6 +143,13 @@ impl Source {
             if memory.lost() { Err(QueueFault::MemoryLost) } else { Ok(()) }
         };
         let outcome = packets();
+        if !back.is_empty() {
+            *owner = path.receive.as_ref().map(|receive| Arc::clone(&receive.sections));
+        }
+        if !path.transmit {
+            tally.drop_many(DropReason::NotReady, burst.len());
+            burst.clear();
+        }
         let mut moved = Moved::default();
         burst.frames().iter().for_each(|frame| moved.count(frame));
         moved.dropped = tally.dropped_total() - before;
@@ -141,54 +158,83 @@ impl Source {
     }
 
     fn give_back(&mut self) -> Result<bool, QueueFault> {
-        let Self { device, channel, incoming, memory, path, done, back, taken, .. } = self;
-        let path = path.take();
+        let Self { device, channel, incoming, memory, path, done, back, owner, answer, taken, .. } = self;
+        *path = None;
         if !*taken && !channel.pending.load(Ordering::Relaxed) {
             return Ok(false);
         }
+        let mut adapter = (self.request.is_some() || answer.is_some()).then(|| device.lock());
+        if let (Some(request), Some(adapter)) = (self.request.take(), &mut adapter) {
+            *answer = Some(adapter.request(channel, request, self.now)?);
+        }
         let mut half = channel.half();
         // All of them or none: a successor that takes the packets again must find none completed. An answer that waits for
-        // a section must not be waited for: what gives a section back may be among these packets.
-        let all = half.flush()? != Written::NoRoom && half.fits(done.len());
-        if all {
+        // a section must not be waited for: what gives a section back may be among these packets, or behind them.
+        let replies = answer.as_mut().map(|answer| &mut answer.replies);
+        let all = half.flush()? != Written::NoRoom && half.fits(replies.as_deref(), done.len());
+        if all && *taken {
+            replies.into_iter().flat_map(|replies| replies.drain(..)).for_each(|reply| half.queue(reply));
+            half.flush()?;
             let message = nvsp::rndis_complete(nvsp::Status::Success);
             for &transaction in &*done {
                 half.outgoing.write(&PacketHeader::completion(transaction), &[&message])?;
             }
             done.clear();
+            half.begin_round(incoming.mark().index(), back, owner.as_ref());
+            if let Some(adapter) = &mut adapter {
+                // A successor that finds it saved and not answered takes the request again: right before the answer.
+                adapter.keep();
+            }
         }
         let mut signal = half.publish();
         if all && *taken {
-            drop(half);
-            device.keep();
-            half = channel.half();
             signal |= incoming.commit();
             *taken = false;
-            half.release(back, path.as_deref());
+            half.release(back, owner.take());
             half.flush()?;
             signal |= half.publish();
         }
         channel.note_pending(&half);
         drop(half);
+        drop(adapter);
         if signal {
             channel.interrupt.signal();
+        }
+        if let Some(answered) = answer.take_if(|_| !*taken) {
+            device.answered(&answered);
         }
         if memory.lost() { Err(QueueFault::MemoryLost) } else { Ok(signal) }
     }
 }
 
 impl Half {
-    /// True if so many completions fit the ring.
-    fn fits(&mut self, completions: usize) -> bool {
-        completions == 0 || self.outgoing.room(completions * COMPLETION_BYTES)
+    /// Bytes that the first message that waits, `replies` and so many completions take in the ring.
+    pub(super) fn wanted(&self, replies: Option<&Vec<Message>>, completions: usize) -> usize {
+        let replies = replies.into_iter().flatten();
+        let messages = self.pending.front().into_iter().chain(replies).map(Message::ring_bytes);
+        messages.sum::<usize>() + completions * COMPLETION_BYTES
     }
 
-    /// The guest's completions will not be read again: what they gave back is free, if the buffer is still the one of
-    /// `path`. After a retry nobody knows; then it is the one there is, if any.
-    fn release(&mut self, back: &mut Vec<u32>, path: Option<&Path>) {
-        let same = path.is_none_or(|path| self.same_sections(path));
-        if same && let Some(receive) = &self.path.receive {
-            receive.sections.release(back, &mut self.stock);
+    /// True if `replies` and so many completions fit the ring, with the first message that waits, if one does.
+    fn fits(&mut self, replies: Option<&Vec<Message>>, completions: usize) -> bool {
+        let wanted = self.wanted(replies, completions);
+        wanted == 0 || self.outgoing.room(wanted)
+    }
+
+    /// All up to `read` is taken, with the guest's completions for the sections in `back`, of `owner`: what is published
+    /// next is the answer.
+    pub(super) fn begin_round(&mut self, read: u32, back: &[u32], owner: Option<&Arc<Sections>>) {
+        let write = self.position.load(Ordering::Relaxed);
+        self.journal.begin_round(self.index, Ends { write, read });
+        if let Some(owner) = owner.filter(|owner| self.uses(owner)) {
+            owner.returned(back);
+        }
+    }
+
+    /// The guest's completions will not be read again: what they gave back is free, if its buffer is still in use.
+    pub(super) fn release(&mut self, back: &mut Vec<u32>, owner: Option<Arc<Sections>>) {
+        if let Some(owner) = owner.filter(|owner| self.uses(owner)) {
+            owner.release(back, &mut self.stock);
         }
         back.clear();
     }
@@ -332,22 +378,24 @@ impl FrameSource for Source {
     }
 
     fn arm(&mut self) -> Wait {
+        let again = self.now + RETRY;
+        let doorbell = || Arc::clone(&self.channel.doorbell) as _;
         if self.taken {
-            let wanted = self.done.len().max(1) * COMPLETION_BYTES;
-            let room = self.channel.half().outgoing.wait_for_room(wanted);
-            return if room { Wait::Nothing } else { Wait::Until(self.now + RETRY) };
+            let mut half = self.channel.half();
+            let wanted = half.wanted(self.answer.as_ref().map(|answer| &answer.replies), self.done.len());
+            let room = half.outgoing.wait_for_room(wanted);
+            return if room { Wait::Nothing } else { Wait::ReadableUntil(doorbell(), again) };
         }
         if let Some(then) = self.device.throttled(self.now) {
             return Wait::Until(then);
         }
-        if self.channel.pending.load(Ordering::Relaxed) {
-            // Another channel may give back what a message waits for.
-            return Wait::Until(self.now + RETRY);
-        }
         if self.incoming.arm() {
             Wait::Nothing
+        } else if self.channel.pending.load(Ordering::Relaxed) {
+            // Another channel may give back what a message waits for.
+            Wait::ReadableUntil(doorbell(), again)
         } else {
-            Wait::Readable(Arc::clone(&self.channel.doorbell) as _)
+            Wait::Readable(doorbell())
         }
     }
 

@@ -127,6 +127,7 @@ impl Default for Config {
 /// A buffer that both sides know.
 #[derive(Debug)]
 struct Buffer {
+    #[cfg(test)]
     gpadl: u32,
     pages: Pages,
     section: u32,
@@ -256,7 +257,13 @@ impl Guest {
         if !well || !fits || section < 68 {
             return Err(VscError::Refused(format!("receive buffer of {} bytes: {fields:?}", pages.len())));
         }
-        self.receive = Some(Buffer { gpadl, pages, section, count });
+        self.receive = Some(Buffer {
+            #[cfg(test)]
+            gpadl,
+            pages,
+            section,
+            count,
+        });
         if self.config.send_pages == 0 {
             return Ok(());
         }
@@ -271,7 +278,13 @@ impl Guest {
         }
         let count = pages.len() / section;
         self.free = (0..count).rev().collect();
-        self.send = Some(Buffer { gpadl, pages, section, count });
+        self.send = Some(Buffer {
+            #[cfg(test)]
+            gpadl,
+            pages,
+            section,
+            count,
+        });
         Ok(())
     }
 
@@ -396,20 +409,36 @@ impl Guest {
         if self.send.is_some() {
             self.tell(&revoke(Kind::RevokeSendBuffer, 0))?;
         }
-        let indices = 0..u16::try_from(self.channels.len()).unwrap_or(0);
-        for index in indices.rev() {
-            self.vmm.close(index)?;
-        }
-        for channel in std::mem::take(&mut self.channels) {
-            self.vmm.revoke(channel.gpadl)?;
-        }
-        for buffer in [self.receive.take(), self.send.take()].into_iter().flatten() {
-            self.vmm.revoke(buffer.gpadl)?;
-        }
+        self.reset()
+    }
+
+    /// Loses the adapter as it is, with whatever is under way, as in a reset of the machine; [`Guest::resume`] begins anew.
+    ///
+    /// # Errors
+    /// The host is silent.
+    pub fn reset(&mut self) -> Result<(), VscError> {
+        self.vmm.reset()?;
+        self.channels.clear();
+        (self.receive, self.send) = (None, None);
         self.free.clear();
+        self.free_slots = (0..u32::try_from(self.slots.len()).unwrap_or(0)).collect();
         self.withheld.iter_mut().for_each(Vec::clear);
         self.answers.clear();
         self.replies.clear();
+        self.outstanding = 0;
+        Ok(())
+    }
+
+    /// Closes a subchannel as it is, with whatever is under way in it, and opens it anew. What was sent in it and is not
+    /// completed never will be.
+    ///
+    /// # Errors
+    /// The host refuses, or is silent.
+    pub fn reopen(&mut self, index: u16) -> Result<(), VscError> {
+        let channel = self.channels.get_mut(usize::from(index)).ok_or(VscError::Closed)?;
+        self.vmm.close(index)?;
+        self.vmm.revoke(channel.gpadl)?;
+        *channel = Channel::open(&mut self.vmm, index)?;
         Ok(())
     }
 

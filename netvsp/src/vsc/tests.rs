@@ -11,12 +11,14 @@ use super::rig::{Rig, address};
 use super::*;
 
 mod anew;
+mod granted;
 mod hostile;
 mod known;
 mod large;
 mod life;
 mod link;
 mod resumed;
+mod rounds;
 mod storm;
 mod succession;
 
@@ -66,6 +68,50 @@ fn frames_of_every_length_and_form_arrive_as_they_were_sent() {
         }
     }
     one.wait("completions", |guest| (guest.outstanding == 0).then_some(())).unwrap();
+}
+
+#[test]
+fn frames_of_the_largest_mtu_there_is_pass_both_ways_and_longer_ones_neither() {
+    use vswitch::DropReason;
+    let mut rig = Rig::new(vec![0]).unwrap();
+    for rsc in [true, false] {
+        let (mut source, mut destination) = if rsc { (1, 2) } else { (3, 4) };
+        // More than the host allows: the driver takes what it is told.
+        let config = Config { mtu: 16_000, rsc, ..Config::default() };
+        let mut from = rig.guest(source, |spec| spec.mtu = 9216, config.clone()).unwrap();
+        let mut to = rig.guest(destination, |spec| spec.mtu = 9216, config).unwrap();
+        assert_eq!((from.config.mtu, to.config.mtu), (9216, 9216));
+        for _ in 0..2 {
+            for form in [Form::Usual, Form::Direct, Form::Partial] {
+                let transmit = Transmit { form, ..Transmit::default() };
+                for len in [9230, 9231, 16_014, 9229] {
+                    assert!(from.send(&frame(destination, source, len), &transmit).unwrap());
+                }
+                from.flush();
+                for len in [9230, 9229] {
+                    assert_eq!(
+                        next(&mut to, source).frame,
+                        frame(destination, source, len),
+                        "{form:?} {rsc}"
+                    );
+                }
+            }
+            // Counted when the burst is over.
+            let (end, name) = (Instant::now() + TIMEOUT, format!("nic{source}"));
+            let lost = || {
+                let report = rig.fabric().report();
+                let port = report.switches[0].ports.iter().find(|port| port.name == name).unwrap();
+                port.received.drops.get(&DropReason::IngressMtu).copied()
+            };
+            while lost() != Some(6) {
+                assert!(Instant::now() < end, "{:?}", lost());
+            }
+            std::mem::swap(&mut from, &mut to);
+            std::mem::swap(&mut source, &mut destination);
+        }
+    }
+    let refused = rig.port(5, |spec| spec.mtu = 9217).unwrap_err().to_string();
+    assert!(refused.contains("mtu") && refused.contains("9217") && refused.contains("9216"), "{refused}");
 }
 
 /// A stack on a guest.

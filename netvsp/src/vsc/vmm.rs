@@ -49,6 +49,8 @@ pub struct Vmm {
     /// What the switch said and nobody asked for yet.
     heard: VecDeque<FromSwitch>,
     next_page: u64,
+    /// Pages that were granted and taken back.
+    free: Vec<Vec<u64>>,
     next_gpadl: u32,
     gpadls: BTreeMap<u32, Vec<u64>>,
     channels: BTreeMap<u16, Open>,
@@ -75,6 +77,7 @@ impl Vmm {
             connection,
             heard: VecDeque::new(),
             next_page: 1,
+            free: Vec::new(),
             next_gpadl: 0xe1e10,
             gpadls: BTreeMap::new(),
             channels: BTreeMap::new(),
@@ -144,11 +147,14 @@ impl Vmm {
         &self.memory
     }
 
-    /// Page numbers of `count` fresh pages. Every other one is out of order, as a guest's are.
+    /// Page numbers of `count` pages. Every other one is out of order, as a guest's are.
     ///
     /// # Errors
     /// The guest has no more memory.
     pub fn allocate(&mut self, count: u64) -> Result<Vec<u64>, VscError> {
+        if let Some(at) = self.free.iter().position(|pfns| pfns.len() as u64 == count) {
+            return Ok(self.free.swap_remove(at));
+        }
         let first = self.next_page;
         if (first + count) * PAGE > self.bytes {
             return Err(VscError::OutOfMemory);
@@ -189,9 +195,10 @@ impl Vmm {
     /// # Errors
     /// The switch is gone.
     pub fn revoke(&mut self, gpadl: u32) -> Result<(), VscError> {
-        self.gpadls.remove(&gpadl);
+        let pfns = self.gpadls.remove(&gpadl);
         self.connection.send(&FromVmm::GpadlTeardown { device: DEVICE, gpadl })?;
         self.hear(|heard| matches!(heard, FromSwitch::GpadlReleased { gpadl: it, .. } if *it == gpadl))?;
+        self.free.extend(pfns);
         Ok(())
     }
 
@@ -223,6 +230,10 @@ impl Vmm {
         self.channels.remove(&index);
         self.connection.send(&FromVmm::Close { device: DEVICE, index })?;
         self.hear(|heard| matches!(heard, FromSwitch::Closed { index: it, .. } if *it == index))?;
+        if index == 0 {
+            // Offers end with the primary; a switch that took over has repeated them.
+            self.heard.retain(|heard| !matches!(heard, FromSwitch::OfferSubchannels { .. }));
+        }
         Ok(())
     }
 

@@ -207,6 +207,12 @@ impl<S: Message, R: Message> Connection<S, R> {
         Ok(Some(R::decode(bytes, fds)?))
     }
 
+    /// Asks the peer to end the connection: it receives nothing more, and [`Connection::receive`] returns when it has ended.
+    pub fn hang_up(&self) {
+        // It fails only if the connection has ended already.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+    }
+
     /// Ends the connection for both sides: whoever waits in [`Connection::receive`] or [`Connection::send`] returns.
     pub fn shutdown(&self) {
         // It fails only if the connection has ended already.

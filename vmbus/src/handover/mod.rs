@@ -115,7 +115,7 @@ pub enum FromVmm {
         /// Which channel.
         index: u16,
     },
-    /// A channel's interrupts go elsewhere. No answer.
+    /// A channel's interrupts go elsewhere. Answer: [`FromSwitch::Retargeted`].
     Retarget {
         /// Of which device.
         device: u32,
@@ -180,6 +180,13 @@ pub enum FromSwitch {
     Quiet {
         /// Which device.
         device: u32,
+    },
+    /// Answers [`FromVmm::Retarget`]: no interrupt goes to the old place any more.
+    Retargeted {
+        /// Of which device.
+        device: u32,
+        /// Which channel.
+        index: u16,
     },
     /// The guest asked the device for subchannels; the VMM offers them.
     OfferSubchannels {

@@ -75,6 +75,7 @@ fn switch_messages() -> Vec<FromSwitch> {
         FromSwitch::OfferSubchannels { device: 3, count: 63 },
         FromSwitch::Fault { device: 3, reason: "ring of 1 pages".into() },
         FromSwitch::Quiet { device: 3 },
+        FromSwitch::Retargeted { device: 3, index: 2 },
     ]
 }
 
@@ -190,7 +191,10 @@ fn other_messages_have_these_starts_and_lengths() {
         .map(|it| it.encode().unwrap().0)
         .map(|bytes| (bytes[0], bytes.len()))
         .collect();
-    assert_eq!(lens, [(0x81, 24), (0x82, 24), (0x83, 24), (0x84, 24), (0x85, 16), (0x86, 31), (0x87, 16)]);
+    assert_eq!(
+        lens,
+        [(0x81, 24), (0x82, 24), (0x83, 24), (0x84, 24), (0x85, 16), (0x86, 31), (0x87, 16), (0x88, 24)]
+    );
 }
 
 fn decode(bytes: &[u8], fds: usize) -> Result<FromVmm, MessageError> {

@@ -121,6 +121,7 @@ const GPADL_RELEASED: u16 = 0x84;
 const OFFER_SUBCHANNELS: u16 = 0x85;
 const FAULT: u16 = 0x86;
 const QUIET: u16 = 0x87;
+const RETARGETED: u16 = 0x88;
 
 /// Puts a message together: header, fixed part, and what follows it.
 fn message<'a>(
@@ -222,10 +223,7 @@ impl Message for FromVmm {
         let (kind, body) = open_header(bytes, &fds)?;
         let parts = Parts { kind, body };
         match kind {
-            HELLO => {
-                no_fds(kind, fds)?;
-                Ok(Self::Hello { version: parts.whole::<Numbers>()?.first.get() })
-            }
+            HELLO => Ok(Self::Hello { version: parts.whole::<Numbers>()?.first.get() }),
             MEMORY => {
                 let [fd] = take_fds(kind, fds)?;
                 let (fixed, more) = parts.split::<Memory>()?;
@@ -238,34 +236,21 @@ impl Message for FromVmm {
                 Ok(Self::Memory { regions: regions.iter().map(region).collect(), fd })
             }
             DEVICE => parts.device(fds),
-            GPADL => {
-                no_fds(kind, fds)?;
-                parts.gpadl()
-            }
+            GPADL => parts.gpadl(),
             GPADL_TEARDOWN => {
-                no_fds(kind, fds)?;
                 let body = parts.whole::<GpadlRef>()?;
                 Ok(Self::GpadlTeardown { device: body.device.get(), gpadl: body.gpadl.get() })
             }
             OPEN => parts.open(fds),
             CLOSE => {
-                no_fds(kind, fds)?;
                 let body = parts.whole::<ChannelRef>()?;
                 Ok(Self::Close { device: body.device.get(), index: body.index.get() })
             }
             RETARGET => parts.retarget(fds),
-            QUIESCE => {
-                no_fds(kind, fds)?;
-                Ok(Self::Quiesce { device: parts.whole::<Numbers>()?.first.get() })
-            }
-            GONE => {
-                no_fds(kind, fds)?;
-                Ok(Self::Gone { device: parts.whole::<Numbers>()?.first.get() })
-            }
-            READY => {
-                no_fds(kind, fds)?;
-                if body.is_empty() { Ok(Self::Ready) } else { Err(MessageError::Body(kind)) }
-            }
+            QUIESCE => Ok(Self::Quiesce { device: parts.whole::<Numbers>()?.first.get() }),
+            GONE => Ok(Self::Gone { device: parts.whole::<Numbers>()?.first.get() }),
+            READY if body.is_empty() => Ok(Self::Ready),
+            READY => Err(MessageError::Body(kind)),
             other => Err(MessageError::Kind(other)),
         }
     }
@@ -279,6 +264,7 @@ impl Message for FromSwitch {
             Self::GpadlAccepted { device, gpadl, ok } => gpadl_ref(GPADL_ACCEPTED, *device, *gpadl, *ok),
             Self::GpadlReleased { device, gpadl } => gpadl_ref(GPADL_RELEASED, *device, *gpadl, true),
             Self::Quiet { device } => numbers(QUIET, *device, 0),
+            Self::Retargeted { device, index } => channel_ref(RETARGETED, *device, *index, true),
             Self::OfferSubchannels { device, count } => numbers(OFFER_SUBCHANNELS, *device, (*count).into()),
             Self::Fault { device, reason } => {
                 let value = count(reason.len(), MAX_TEXT, "reason length")?;
@@ -290,7 +276,6 @@ impl Message for FromSwitch {
 
     fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Self, MessageError> {
         let (kind, body) = open_header(bytes, &fds)?;
-        no_fds(kind, fds)?;
         let parts = Parts { kind, body };
         match kind {
             OPENED => {
@@ -312,6 +297,10 @@ impl Message for FromSwitch {
                 Ok(Self::GpadlReleased { device: body.device.get(), gpadl: body.gpadl.get() })
             }
             QUIET => Ok(Self::Quiet { device: parts.whole::<Numbers>()?.first.get() }),
+            RETARGETED => {
+                let body = parts.whole::<ChannelRef>()?;
+                Ok(Self::Retargeted { device: body.device.get(), index: body.index.get() })
+            }
             OFFER_SUBCHANNELS => {
                 let body = parts.whole::<Numbers>()?;
                 let count =
@@ -358,15 +347,19 @@ fn open_header<'b>(bytes: &'b [u8], fds: &[OwnedFd]) -> Result<(u16, &'b [u8]), 
     if wanted != fds.len() {
         return Err(MessageError::Descriptors { kind, got: fds.len(), wanted });
     }
+    let wanted = match kind {
+        OPEN => 2,
+        MEMORY | DEVICE | RETARGET => 1,
+        _ => 0,
+    };
+    if wanted != fds.len() {
+        return Err(MessageError::Descriptors { kind, got: fds.len(), wanted });
+    }
     Ok((kind, body))
 }
 
 fn take_fds<const N: usize>(kind: u16, fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], MessageError> {
     fds.try_into().map_err(|fds: Vec<_>| MessageError::Descriptors { kind, got: fds.len(), wanted: N })
-}
-
-fn no_fds(kind: u16, fds: Vec<OwnedFd>) -> Result<(), MessageError> {
-    take_fds::<0>(kind, fds).map(|_| ())
 }
 
 fn truth(value: U32, name: &'static str) -> Result<bool, MessageError> {

@@ -30,6 +30,13 @@ pub struct Incoming {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark(u32);
 
+impl Mark {
+    /// The place, in bytes from the data's start.
+    pub fn index(self) -> u32 {
+        self.0
+    }
+}
+
 impl Incoming {
     /// Reads on in `ring`, its control page and data, from where it stands.
     ///
@@ -108,6 +115,20 @@ impl Incoming {
     #[inline]
     pub fn rewind(&mut self, mark: Mark) {
         self.next = mark.0;
+    }
+
+    /// Goes on to `index`, up to which a predecessor has taken all; the next [`Incoming::commit`] says so. False, and
+    /// nothing has changed, if the writer has not written so far.
+    pub fn skip_to(&mut self, index: u32) -> bool {
+        let (Ok(index), Ok(write)) = (self.control.check("read", index), self.control.write_index()) else {
+            return false;
+        };
+        let written =
+            self.control.distance(self.committed, index) <= self.control.distance(self.committed, write);
+        if written {
+            (self.next, self.seen) = (index, write);
+        }
+        written
     }
 
     /// Gives the writer the room of all packets taken; true if it is to be signalled, because it waits for room and has

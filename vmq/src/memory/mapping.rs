@@ -61,6 +61,9 @@ pub enum MappingError {
     /// The process keeps track of so many, and all are in use or promised to others.
     #[error("none is left of {0} mappings, which all ports share")]
     TooMany(usize),
+    /// More addresses than a peer may have, or than the process has for all of them.
+    #[error("no addresses are left for {0} bytes: a peer gets at most {MOST} TiB, and all ports share 96", MOST = Share::MOST_BYTES >> 40)]
+    TooMuch(usize),
 }
 
 /// The largest pages there are.
@@ -117,19 +120,25 @@ impl Mapping {
             return Err(MappingError::Short { size, needed });
         }
         let page = usize::try_from(stat.st_blksize).ok().filter(|page| (1..=LARGEST_PAGE).contains(page));
-        let whole = len.checked_next_multiple_of(page.unwrap_or(1));
+        let page = page.unwrap_or(1);
+        let whole = len.checked_next_multiple_of(page);
         let whole = whole.ok_or(source(rustix::io::Errno::OVERFLOW))?;
-        let place = Place::take(share).ok_or(MappingError::TooMany(sigbus::SLOTS))?;
+        let place = Place::take(share, whole)?;
         use rustix::mm::{MapFlags, ProtFlags, mmap};
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a fresh address range chosen by the kernel; nothing of ours is replaced.
         let ptr = unsafe { mmap(std::ptr::null_mut(), whole, prot, flags, fd, offset) }.map_err(source)?;
-        Self::guarded(ptr, len, whole, place)
+        Self::guarded(ptr, len, (whole, page), place)
     }
 
-    fn guarded(ptr: *mut c_void, len: usize, whole: usize, place: Place) -> Result<Self, MappingError> {
-        match (NonNull::new(ptr.cast::<u8>()), sigbus::watch(ptr as usize, whole)) {
+    fn guarded(
+        ptr: *mut c_void,
+        len: usize,
+        (whole, page): (usize, usize),
+        place: Place,
+    ) -> Result<Self, MappingError> {
+        match (NonNull::new(ptr.cast::<u8>()), sigbus::watch(ptr as usize, whole, page)) {
             (Some(ptr), Some(guard)) => Ok(Self { ptr, len, whole, guard, _place: place }),
             _ => {
                 // SAFETY: the mapping was made by the caller just now and is not used by anyone.
@@ -188,7 +197,18 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         self.guard.release();
-        // SAFETY: this value owns the range; segments, rooms and rings that point into it borrow or share this value.
-        let _ = unsafe { rustix::mm::munmap(self.ptr.as_ptr().cast(), self.whole) };
+        let mut at = 0;
+        while at < self.whole {
+            // In steps of the largest page, so that other threads' mappings need not wait for all of a large guest's memory.
+            let step = LARGEST_PAGE.min(self.whole - at);
+            // SAFETY: this value owns the range; segments, rooms and rings that point into it borrow or share this value.
+            let unmap = |len| unsafe { rustix::mm::munmap(self.ptr.as_ptr().add(at).cast(), len) };
+            if unmap(step).is_err() {
+                // A process with all the mappings it may have cannot split one.
+                let _ = unmap(self.whole - at);
+                return;
+            }
+            at += step;
+        }
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! Touching a mapped page beyond the end of its file raises SIGBUS. The handler looks the address up among the watched
 //! ranges; if it is there, it puts zeroed private memory over the whole range, marks the range lost and returns, so
-//! that the interrupted copy goes on and the port is faulted afterwards. Any other SIGBUS takes its default course.
+//! that the interrupted copy goes on and the port is faulted afterwards. Where the kernel does not promise so much memory
+//! at once (`vm.overcommit_memory=2`), only the page that was touched is replaced, and others in their turn. Any other
+//! SIGBUS takes its default course.
 //!
 //! The table is fixed and lock-free because a signal handler may neither allocate nor lock.
 
@@ -18,6 +20,8 @@ struct Slot {
     generation: AtomicUsize,
     start: AtomicUsize,
     len: AtomicUsize,
+    /// Bytes of the file's pages: less than one cannot be replaced.
+    page: AtomicUsize,
     taken: AtomicBool,
     lost: AtomicBool,
 }
@@ -27,6 +31,7 @@ static TABLE: [Slot; SLOTS] = [const {
         generation: AtomicUsize::new(0),
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
         taken: AtomicBool::new(false),
         lost: AtomicBool::new(false),
     }
@@ -62,8 +67,8 @@ impl Guard {
     }
 }
 
-/// Watches `len` bytes from `start`. `None` if the table is full.
-pub(super) fn watch(start: usize, len: usize) -> Option<Guard> {
+/// Watches `len` bytes from `start`, of a file with pages of `page` bytes. `None` if the table is full.
+pub(super) fn watch(start: usize, len: usize, page: usize) -> Option<Guard> {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(install);
     // One at a time: a slot that was free when the search began is still free when it is found.
@@ -81,6 +86,7 @@ pub(super) fn watch(start: usize, len: usize) -> Option<Guard> {
     TABLE[slot].lost.store(false, Ordering::SeqCst);
     TABLE[slot].start.store(start, Ordering::SeqCst);
     TABLE[slot].len.store(len, Ordering::SeqCst);
+    TABLE[slot].page.store(page, Ordering::SeqCst);
     TABLE[slot].generation.fetch_add(1, Ordering::SeqCst);
     Some(Guard { slot })
 }
@@ -109,7 +115,7 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
         // The thread that faulted uses the range, so it stays mapped and its slot stays as it is. Lost first: nobody is
         // to read zeroes and not know.
         slot.lost.store(true, Ordering::SeqCst);
-        if replace(start, len) {
+        if rescue(start, len, slot.page.load(Ordering::SeqCst), address, replace) {
             return;
         }
     }
@@ -117,10 +123,46 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
 }
 
-/// Puts zeroed memory over the range. The range stays owned by its `Mapping`, which unmaps it as before.
+/// Bytes of the smallest pages there are.
+const PAGE: usize = 4096;
+
+/// Has `replace` put zeroed memory over the range, or else over the page of it that `address` is in.
+fn rescue(start: usize, len: usize, page: usize, address: usize, replace: fn(usize, usize) -> bool) -> bool {
+    let page = page.max(PAGE);
+    let offset = (address - start) / page * page;
+    replace(start, len) || replace(start + offset, page.min(len - offset))
+}
+
+/// Puts zeroed memory over a range, or a part of one. The range stays owned by its `Mapping`, which unmaps it as before.
 fn replace(start: usize, len: usize) -> bool {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: the whole range belongs to one `Mapping` that is still watched, hence still mapped.
+    // SAFETY: the range belongs to one `Mapping` that is still watched, hence still mapped.
     unsafe { libc::mmap(start as *mut libc::c_void, len, prot, flags, -1, 0) != libc::MAP_FAILED }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Mapping;
+    use super::*;
+
+    #[test]
+    fn page_alone_is_replaced_where_the_whole_range_is_too_much() {
+        for (page, at, replaced) in [(1, 0x2345, 2..3), (0x1000, 0x3fff, 3..4), (0x2000, 0x2000, 2..4)] {
+            let (mapping, _fd) = Mapping::memfd("strict", 0x4000).unwrap();
+            let start = mapping.as_ptr() as usize;
+            let bytes = |number: usize| (start + number * PAGE) as *mut u8;
+            for number in 0..4 {
+                // SAFETY: four pages are mapped.
+                unsafe { bytes(number).write_volatile(7) };
+            }
+            assert!(rescue(start, 0x4000, page, start + at, |start, len| len < 0x4000 && replace(start, len)));
+            for number in 0..4 {
+                // SAFETY: as above.
+                let byte = unsafe { bytes(number).read_volatile() };
+                assert_eq!(byte, if replaced.contains(&number) { 0 } else { 7 }, "page {number}");
+            }
+        }
+        assert!(!rescue(0x1000, 0x1000, 1, 0x1000, |_, _| false));
+    }
 }

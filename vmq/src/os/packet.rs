@@ -122,6 +122,18 @@ fn discard(socket: &OwnedFd) {
     }
 }
 
+/// Frames that the socket had no room for since the last call (`PACKET_STATISTICS`, which begins anew when it is read).
+pub fn take_lost(fd: BorrowedFd<'_>) -> usize {
+    let mut told = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    let mut len = size_of::<libc::tpacket_stats>() as libc::socklen_t;
+    let value = (&raw mut told).cast();
+    // SAFETY: the call writes `len` bytes into `told`. Should it fail, nothing was lost that we know of.
+    unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, value, &raw mut len);
+    }
+    told.tp_drops as usize
+}
+
 /// True while the socket is bound to a device. One that was deleted, or moved to another namespace, is lost for good.
 pub fn is_bound(fd: BorrowedFd<'_>) -> bool {
     // SAFETY: all-zero is a valid address, which the call fills.

@@ -85,6 +85,9 @@ pub enum RingFault {
     /// The guest's memory file was cut short under the ring.
     #[error("guest memory is gone: its file was cut short")]
     MemoryLost,
+    /// The guest made the eventfd of its interrupt one that makes us wait ([`crate::doorbell::Doorbell::is_broken`]).
+    #[error("the eventfd of the guest's interrupt was full and blocking")]
+    DoorbellBlocks,
 }
 
 /// A private copy of one descriptor.

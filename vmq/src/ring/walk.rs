@@ -56,10 +56,14 @@ pub(super) fn chain(
     let (mut raw, mut slots) = (first, 1u16);
     loop {
         if raw.flags & DESC_INDIRECT != 0 {
-            if raw.flags & DESC_NEXT != 0 || slots != 1 {
+            // Split chains may end in a table (2.7.5.3.2); in packed rings it stands alone (2.8.8).
+            if raw.flags & DESC_NEXT != 0 || (packed && slots != 1) {
                 return Err(RingFault::IndirectNested);
             }
             indirect(raw, packed, memory, into)?;
+            if into.len() - start > MAX_CHAIN {
+                return Err(RingFault::ChainTooLong { limit: MAX_CHAIN });
+            }
         } else {
             into.push(raw.descriptor());
         }

@@ -88,33 +88,47 @@ fn indirection_entry_at_or_above_queue_count_is_refused() {
 fn indirection_table_of_odd_size_is_refused() {
     for len in [0, 3, 127, 513, 1024] {
         assert_eq!(IndirectionTable::new(&vec![0; len], 1), Err(RssError::TableLength(len)));
-        assert_eq!(IndirectionTable::round_robin(len, 1), Err(RssError::TableLength(len)));
     }
     assert_eq!(IndirectionTable::new(&[0], 0), Err(RssError::NoQueues));
-    assert_eq!(IndirectionTable::round_robin(128, 0).unwrap_err(), RssError::NoQueues);
+    assert_eq!(IndirectionTable::in_turn(&[]), Err(RssError::NoQueues));
 }
 
 /// CVE-2024-6505: the queue count shrinks after the table was set.
 #[test]
-fn fewer_queues_after_the_table_was_set_fold_the_entries() {
-    let table = IndirectionTable::round_robin(8, 8).unwrap().for_queues(3).unwrap();
-    assert_eq!(table.entries(), [0, 1, 2, 0, 1, 2, 0, 1]);
-    assert!((0..=u32::from(u16::MAX)).all(|hash| table.queue(hash) < 3));
-    assert_eq!(table.for_queues(0), Err(RssError::NoQueues));
+fn entries_of_queues_that_are_gone_are_folded_and_the_others_stay() {
+    let table = IndirectionTable::new(&[0, 1, 2, 3, 4, 5, 6, 7], 8).unwrap();
+    let fewer = table.within(&[1, 3, 6], &[1, 6]).unwrap();
+    assert_eq!(fewer.entries(), [1, 1, 1, 3, 1, 6, 6, 6]);
+    assert!((0..=u32::from(u16::MAX)).all(|hash| [1, 3, 6].contains(&fewer.queue(hash))));
+    assert_eq!(table.within(&[1], &[]), Err(RssError::NoQueues));
 }
 
 #[test]
-fn transport_without_its_hash_type_falls_back_to_addresses() {
+fn table_that_nobody_asked_for_names_the_queues_in_turn() {
+    let table = IndirectionTable::in_turn(&[1, 4, 7]).unwrap();
+    assert_eq!((table.entries().len(), &table.entries()[..4]), (128, &[1, 4, 7, 1][..]));
+    assert_eq!(table.queue(128), 1);
+}
+
+#[test]
+fn default_key_is_expanded_once() {
+    assert!(Arc::ptr_eq(&ToeplitzKey::default().table, &ToeplitzKey::default().table));
+}
+
+#[test]
+fn transport_without_its_hash_type_falls_back_to_addresses_and_says_so() {
     let ports = Some(Ports { transport: Transport::Udp, src: 1, dst: 2 });
     let udp = Flow::V4 { src: [10, 0, 0, 1], dst: [10, 0, 0, 2], ports };
     let fragment = Flow::V4 { src: [10, 0, 0, 1], dst: [10, 0, 0, 2], ports: None };
-    let mut rss = Rss::spread(4).unwrap();
+    let table = IndirectionTable::in_turn(&[0, 1, 2, 3]).unwrap();
+    let mut rss = Rss { key: ToeplitzKey::default(), table, types: HashTypes::all() };
     assert_ne!(rss.hash(&udp), rss.hash(&fragment));
+    assert_eq!(rss.hash(&udp).unwrap().1, HashTypes::UDP_V4);
     rss.types = HashTypes::IPV4 | HashTypes::TCP_V4;
     assert_eq!(rss.hash(&udp), rss.hash(&fragment));
+    assert_eq!(rss.hash(&udp).unwrap().1, HashTypes::IPV4);
     rss.types = HashTypes::TCP_V4;
     assert_eq!(rss.hash(&udp), None);
-    assert_eq!(rss.select(&udp), 0);
     assert_eq!(rss.hash(&Flow::Other), None);
 }
 

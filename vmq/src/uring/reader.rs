@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use io_uring::{opcode, squeue, types};
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::{BATCH, Ring, Tuning, is_later, outcome};
 use crate::frame::MAX_FRAME;
@@ -85,6 +86,9 @@ pub struct Reader {
     /// An error that came with frames before it.
     pending: Option<i32>,
     refused: usize,
+    lost: usize,
+    /// Plain reads may say that they are not to wait.
+    nowait: bool,
 }
 
 impl Reader {
@@ -96,7 +100,8 @@ impl Reader {
         // Zeroed memory of this size is mapped, not written.
         let slots = vec![0; SLOT * BATCH].into_boxed_slice();
         let metas = ArrayVec::new();
-        Self { fd, link, ring, tuning, slots, messages, metas, want: 1, pending: None, refused: 0 }
+        let (want, pending, refused, lost, nowait) = (1, None, 0, 0, true);
+        Self { fd, link, ring, tuning, slots, messages, metas, want, pending, refused, lost, nowait }
     }
 
     /// The descriptor, to wait on.
@@ -121,11 +126,12 @@ impl Reader {
         let asked = self.want.min(limit);
         let mut results = [-libc::EAGAIN; BATCH];
         let results = &mut results[..asked.min(BATCH)];
-        match self.link {
-            Link::Tap | Link::Socket => self.read_whole(results),
-            Link::Packet => self.read_packets(results),
-        }
+        self.perform(results);
         let bytes = self.take(results);
+        if self.link == Link::Packet && asked > 1 && self.metas.len() == asked {
+            // A socket that has lost frames was full: reading what is left fills a batch or more.
+            self.lost += packet::take_lost(self.fd.as_fd());
+        }
         self.want = next_want(&self.tuning, asked, self.metas.len(), bytes);
         match self.pending {
             Some(error) if self.metas.is_empty() => {
@@ -155,65 +161,66 @@ impl Reader {
         std::mem::take(&mut self.refused)
     }
 
-    fn read_whole(&mut self, results: &mut [i32]) {
-        let begin = HEADROOM - tap::HEADER;
+    /// Frames that found a packet socket full since the last call.
+    pub fn take_lost(&mut self) -> usize {
+        std::mem::take(&mut self.lost)
+    }
+
+    fn perform(&mut self, results: &mut [i32]) {
+        let (begin, fd) = (HEADROOM - self.link.header(), types::Fixed(0));
+        let rooms = self.slots.chunks_exact_mut(SLOT).map(|slot| &mut slot[begin..]).take(results.len());
+        let mut operations: ArrayVec<squeue::Entry, BATCH> = match self.link {
+            Link::Packet => {
+                let receive = |(message, room): (&mut Message, _)| {
+                    message.prepare(room);
+                    opcode::RecvMsg::new(fd, &raw mut message.header).flags(libc::MSG_DONTWAIT as u32).build()
+                };
+                self.messages.0.iter_mut().zip(rooms).map(receive).collect()
+            }
+            Link::Tap | Link::Socket => {
+                // At most SLOT bytes.
+                let read = |room: &mut [u8]| opcode::Read::new(fd, room.as_mut_ptr(), room.len() as u32);
+                rooms.map(|room| read(room).rw_flags(libc::RWF_NOWAIT).build()).collect()
+            }
+        };
         if results.len() > 1
             && let Some(ring) = &mut self.ring
         {
-            let mut operations = ArrayVec::<squeue::Entry, BATCH>::new();
-            for (at, slot) in self.slots.chunks_exact_mut(SLOT).take(results.len()).enumerate() {
-                let room = &mut slot[begin..];
-                // At most SLOT.
-                let read = opcode::Read::new(types::Fixed(0), room.as_mut_ptr(), room.len() as u32);
-                operations.push(read.rw_flags(libc::RWF_NOWAIT).build().user_data(at as u64));
-            }
-            // SAFETY: the slots are ours, borrowed exclusively until the call is over; reads with RWF_NOWAIT do not wait.
-            let done = unsafe { ring.run(&operations, results) };
+            // SAFETY: messages and slots are ours, borrowed exclusively until the call is over; the operations do not wait.
+            let done = unsafe { ring.run(&mut operations, results) };
             self.check_ring(done.is_err(), results);
             return;
         }
-        for (slot, result) in self.slots.chunks_exact_mut(SLOT).zip(results) {
-            let room = &mut slot[begin..];
-            // Not the C library's, which is a cancellation point and makes an idle poll dearer by a fifth.
-            *result = match rustix::io::read(&self.fd, room) {
-                Ok(len) => len as i32,
-                Err(error) => -error.raw_os_error(),
-            };
+        for (at, result) in results.iter_mut().enumerate() {
+            *result = self.read_one(at);
             if *result < 0 {
                 return;
             }
         }
     }
 
-    fn read_packets(&mut self, results: &mut [i32]) {
-        let begin = HEADROOM - packet::HEADER;
-        let slots = self.slots.chunks_exact_mut(SLOT);
-        for (message, slot) in self.messages.0.iter_mut().zip(slots).take(results.len()) {
-            message.prepare(&mut slot[begin..]);
-        }
-        if results.len() > 1
-            && let Some(ring) = &mut self.ring
-        {
-            let mut operations = ArrayVec::<squeue::Entry, BATCH>::new();
-            for (at, message) in self.messages.0.iter_mut().take(results.len()).enumerate() {
-                let receive = opcode::RecvMsg::new(types::Fixed(0), &raw mut message.header);
-                operations.push(receive.flags(libc::MSG_DONTWAIT as u32).build().user_data(at as u64));
-            }
-            // SAFETY: messages and slots are ours, borrowed exclusively until the call is over; MSG_DONTWAIT.
-            let done = unsafe { ring.run(&operations, results) };
-            self.check_ring(done.is_err(), results);
-            return;
-        }
-        for (message, result) in self.messages.0.iter_mut().zip(results) {
+    /// Reads one frame into slot `at` by a plain system call. Not the C library's, which is a cancellation point and makes
+    /// an idle poll dearer by a fifth.
+    fn read_one(&mut self, at: usize) -> i32 {
+        if let Some(message) = self.messages.0.get_mut(at) {
             let header = &raw mut message.header;
-            // SAFETY: the message was prepared above and points to a slot and to itself.
-            *result = outcome(unsafe {
+            // SAFETY: the message was prepared just now and points to a slot and to itself.
+            return outcome(unsafe {
                 libc::syscall(libc::SYS_recvmsg, self.fd.as_raw_fd(), header, libc::MSG_DONTWAIT)
             });
-            if *result < 0 {
-                return;
-            }
         }
+        let room = &mut self.slots[at * SLOT..(at + 1) * SLOT][HEADROOM - self.link.header()..];
+        let mut read = Err(Errno::OPNOTSUPP);
+        if self.nowait {
+            // `u64::MAX`: where the file stands.
+            let mut rooms = [io::IoSliceMut::new(room)];
+            read = rustix::io::preadv2(&self.fd, &mut rooms, u64::MAX, ReadWriteFlags::NOWAIT);
+            self.nowait = read != Err(Errno::OPNOTSUPP);
+        }
+        if !self.nowait {
+            read = rustix::io::read(&self.fd, room);
+        }
+        read.map_or_else(|error| -error.raw_os_error(), |len| len as i32)
     }
 
     /// Does without io_uring from now on if it failed, or the driver cannot tell whether it would wait.

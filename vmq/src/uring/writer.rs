@@ -30,6 +30,8 @@ pub struct Writer {
     fronts: Box<[Front; BATCH]>,
     pieces: Pieces,
     results: [i32; BATCH],
+    /// Plain writes may say that they are not to wait.
+    nowait: bool,
 }
 
 #[derive(Debug)]
@@ -45,7 +47,7 @@ impl Writer {
     pub fn new(fd: Arc<OwnedFd>, link: Link, tuning: Tuning) -> Self {
         let ring = if tuning.uring { Ring::new(fd.as_fd()) } else { None };
         let (fronts, pieces) = (Box::new([[0; _]; BATCH]), Pieces(Vec::with_capacity(PIECES)));
-        Self { fd, link, ring, tuning, fronts, pieces, results: [0; BATCH] }
+        Self { fd, link, ring, tuning, fronts, pieces, results: [0; BATCH], nowait: true }
     }
 
     /// The descriptor.
@@ -98,14 +100,11 @@ impl Writer {
         if ranges.len() > 1
             && let Some(ring) = &mut self.ring
         {
-            let operations: ArrayVec<squeue::Entry, BATCH> = ranges
-                .iter()
-                .enumerate()
-                .map(|(at, range)| operation(&self.pieces.0[range.0..range.1], at))
-                .collect();
+            let mut operations: ArrayVec<squeue::Entry, BATCH> =
+                ranges.iter().map(|range| operation(&self.pieces.0[range.0..range.1])).collect();
             // SAFETY: the pieces lead into `fronts` and into the burst, both borrowed until the call is over; the kernel
             // reads them only, and reports an address that is not mapped; writes with RWF_NOWAIT do not wait.
-            let done = unsafe { ring.run(&operations, &mut self.results) };
+            let done = unsafe { ring.run(&mut operations, &mut self.results) };
             if done.is_ok() && self.results[0] != -libc::EOPNOTSUPP {
                 return;
             }
@@ -116,24 +115,30 @@ impl Writer {
             }
         }
         for (range, result) in ranges.iter().zip(&mut self.results) {
-            let pieces = &self.pieces.0[range.0..range.1];
-            // SAFETY: as above, for one frame.
-            *result = outcome(unsafe {
-                libc::syscall(libc::SYS_writev, self.fd.as_raw_fd(), pieces.as_ptr(), pieces.len())
-            });
+            let (fd, pieces) = (self.fd.as_raw_fd(), &self.pieces.0[range.0..range.1]);
+            // SAFETY: as above, for one frame. An offset of -1 is where the file stands; on 64 bits it is the first of two words.
+            let write = |flags: libc::c_int| unsafe {
+                let offset: [libc::c_long; 2] = [-1, 0];
+                let (pieces, count) = (pieces.as_ptr(), pieces.len());
+                outcome(libc::syscall(libc::SYS_pwritev2, fd, pieces, count, offset[0], offset[1], flags))
+            };
+            *result = if self.nowait { write(libc::RWF_NOWAIT) } else { -libc::EOPNOTSUPP };
+            if *result == -libc::EOPNOTSUPP {
+                self.nowait = false;
+                *result = write(0);
+            }
         }
     }
 }
 
 /// The write of one frame.
-fn operation(pieces: &[libc::iovec], at: usize) -> squeue::Entry {
+fn operation(pieces: &[libc::iovec]) -> squeue::Entry {
     let fd = types::Fixed(0);
-    let entry = match pieces {
+    match pieces {
         // A small frame: no vector to be read by the kernel.
         [piece] => opcode::Write::new(fd, piece.iov_base.cast_const().cast(), piece.iov_len as u32)
             .rw_flags(libc::RWF_NOWAIT)
             .build(),
         _ => opcode::Writev::new(fd, pieces.as_ptr(), pieces.len() as u32).rw_flags(libc::RWF_NOWAIT).build(),
-    };
-    entry.user_data(at as u64)
+    }
 }

@@ -1,5 +1,6 @@
 use std::sync::atomic::AtomicUsize;
 
+use super::rounds::Window;
 use super::*;
 
 /// A queue of which the test says how much is in it.
@@ -174,4 +175,155 @@ fn woken_worker_waits_for_its_turn_unless_it_is_to_preempt() {
         eventually("poll", || task.0.lock().unwrap().is_some());
         assert_eq!(task.0.lock().unwrap().as_deref(), Some(policy));
     }
+}
+
+/// A task that keeps its worker in a poll until it is opened.
+#[derive(Default)]
+struct Gate {
+    entered: AtomicBool,
+    open: AtomicBool,
+}
+
+impl Task<()> for Gate {
+    fn poll(&self, (): &mut (), _: Nanos) -> Polled {
+        self.entered.store(true, Ordering::SeqCst);
+        while !self.open.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Polled::Gone
+    }
+
+    fn arm(&self) -> Wait {
+        Wait::Nudge
+    }
+
+    fn disarm(&self) {}
+    fn spent(&self, _: Nanos) {}
+}
+
+/// A worker that has armed `tasks`, from number 1 on, and is then kept from doing anything.
+fn stuck(tasks: &[Arc<Counter>]) -> (Worker<()>, Arc<Gate>) {
+    let (worker, gate) = (worker(), Arc::new(Gate::default()));
+    for (id, task) in (1..).zip(tasks) {
+        worker.add(TaskId(id), task.clone());
+        eventually("arming", || task.armed.load(Ordering::SeqCst) > 0);
+    }
+    eventually("sleep", || worker.activity() == Activity::Asleep);
+    worker.add(TaskId(0), gate.clone());
+    eventually("entering", || gate.entered.load(Ordering::SeqCst));
+    (worker, gate)
+}
+
+/// Waits until `worker` has done all it was told so far.
+fn settle(worker: &Worker<()>) {
+    let task = Counter::new();
+    task.offer(1);
+    worker.add(TaskId(100), task.clone());
+    eventually("poll", || task.moved.load(Ordering::SeqCst) == 1);
+    worker.remove(TaskId(100));
+}
+
+#[test]
+fn task_handed_over_is_not_touched_before_the_worker_that_had_it_lets_it_go() {
+    let task = Counter::new();
+    let ((from, gate), to) = (stuck(std::slice::from_ref(&task)), worker());
+    // Its doorbell rings, and the worker that waits for it does not know yet.
+    task.offer(1);
+    from.hand_over(TaskId(1), &to);
+    settle(&to);
+    assert_eq!(task.moved.load(Ordering::SeqCst), 0, "two workers have it");
+    gate.open.store(true, Ordering::SeqCst);
+    eventually("move", || task.moved.load(Ordering::SeqCst) == 1);
+    drop(from);
+    eventually("sleep", || to.activity() == Activity::Asleep);
+    task.offer(2);
+    eventually("wake-up", || task.moved.load(Ordering::SeqCst) == 3);
+}
+
+#[test]
+fn what_is_asked_of_a_task_on_its_way_is_done_when_it_arrives() {
+    let tasks = [Counter::new(), Counter::new(), Counter::new()];
+    let [roaming, removed, finished] = &tasks;
+    let ((from, gate), to, third) = (stuck(&tasks), worker(), worker());
+    from.hand_over(TaskId(1), &to);
+    to.hand_over(TaskId(1), &from);
+    from.hand_over(TaskId(1), &third);
+    third.hand_over(TaskId(1), &third);
+    from.hand_over(TaskId(2), &to);
+    to.nudge(TaskId(2));
+    to.remove(TaskId(2));
+    finished.gone.store(true, Ordering::SeqCst);
+    finished.offer(1);
+    from.hand_over(TaskId(3), &to);
+    to.hand_over(TaskId(3), &third);
+    settle(&to);
+    settle(&third);
+    gate.open.store(true, Ordering::SeqCst);
+    for task in [removed, finished] {
+        eventually("letting go", || Arc::strong_count(task) == 1);
+    }
+    settle(&from);
+    drop((from, to));
+    roaming.offer(1);
+    eventually("wake-up", || roaming.moved.load(Ordering::SeqCst) == 1);
+    third.remove(TaskId(1));
+    eventually("letting go", || Arc::strong_count(roaming) == 1);
+}
+
+/// A queue that waits for what the test says.
+struct Waiter {
+    polls: AtomicUsize,
+    wait: Box<dyn Fn() -> Wait + Send + Sync>,
+}
+
+impl Waiter {
+    fn new(wait: impl Fn() -> Wait + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { polls: AtomicUsize::new(0), wait: Box::new(wait) })
+    }
+}
+
+impl Task<()> for Waiter {
+    fn poll(&self, (): &mut (), _: Nanos) -> Polled {
+        self.polls.fetch_add(1, Ordering::SeqCst);
+        Polled::Empty
+    }
+
+    fn arm(&self) -> Wait {
+        (self.wait)()
+    }
+
+    fn disarm(&self) {}
+    fn spent(&self, _: Nanos) {}
+}
+
+#[test]
+fn task_whose_doorbell_cannot_be_waited_for_is_looked_at_all_the_same() {
+    // A regular file cannot be in an epoll set.
+    let file = Arc::new(std::fs::File::open("/proc/self/exe").unwrap());
+    let worker = worker();
+    let task = Waiter::new(move || Wait::Readable(file.clone()));
+    worker.add(TaskId(1), task.clone());
+    eventually("polls", || task.polls.load(Ordering::SeqCst) > 100);
+    assert!(worker.sleeps() > 0);
+}
+
+#[test]
+fn task_with_doorbell_and_deadline_is_woken_by_either() {
+    let sharing = Sharing { idle: Duration::ZERO, preempt: false };
+    let polls = |deadline: fn(Nanos) -> Nanos, rings: usize| {
+        let clock = Clock::default();
+        let worker = Worker::<()>::start(0, clock, sharing).unwrap();
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let rung = bell.clone();
+        let task = Waiter::new(move || Wait::ReadableUntil(bell.clone(), deadline(clock.now())));
+        worker.add(TaskId(1), task.clone());
+        for seen in 1..=rings {
+            eventually("sleep", || worker.activity() == Activity::Asleep);
+            rung.ring();
+            eventually("wake-up", || task.polls.load(Ordering::SeqCst) > seen);
+        }
+        eventually("polls", || task.polls.load(Ordering::SeqCst) > 10);
+    };
+    polls(|_| Nanos::MAX, 10);
+    polls(|now| now + 1_000_000, 0);
 }

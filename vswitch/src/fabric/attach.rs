@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use vmq::memory::Share;
+use vmq::os;
 use vmq::worker::Clock;
 
 use crate::error::FabricError;
@@ -201,6 +202,28 @@ fn files(port: &Port, epoch: u64) -> Result<(), FabricError> {
 }
 
 impl Fabric {
+    /// Gives the port's device the MTU, or its next client. A device that was handed over keeps the one it has until the
+    /// port is restarted.
+    pub(super) fn set_mtu(&self, port: &Port, mtu: u16) -> Result<(), FabricError> {
+        let (name, raise) = match (&port.attached, &port.spec.attachment) {
+            (Attached::Guest(endpoint, _), attachment) => {
+                let config = session_config(&port.spec, attachment.queues());
+                self.vhost.configure(*endpoint, SessionConfig { mtu, ..config });
+                return Ok(());
+            }
+            (_, Attachment::Tap { tap: TapSpec::Name(name), .. }) => (name, false),
+            // The network beyond may need more.
+            (_, Attachment::Uplink { device, .. }) => (device, true),
+            _ => return Ok(()),
+        };
+        // A restart sets it, too, once the device is there again.
+        if port.core.is_faulted() || (raise && os::mtu(name).is_ok_and(|now| now >= i32::from(mtu))) {
+            return Ok(());
+        }
+        os::set_mtu(name, mtu)
+            .map_err(|error| FabricError::failed(format!("setting the MTU of device `{name}`"), error))
+    }
+
     /// Connects a port that was just made, or that is restarted.
     pub(super) fn attach(&self, port: &Port) -> Result<(), FabricError> {
         device(port)?;

@@ -107,11 +107,9 @@ impl Shared {
         *lock(&self.settings) = Some(spec.into());
     }
 
-    /// The guest's own spread over `queues` enabled queues, if it asked for one that fits.
-    pub(super) fn steering(&self, queues: u16) -> Option<Rss> {
-        let rss = lock(&self.steering).clone()?;
-        let table = rss.table.for_queues(queues).ok()?;
-        Some(Rss { table, ..rss })
+    /// The guest's own spread, if it asked for one that fits.
+    pub(super) fn steering(&self) -> Option<Rss> {
+        lock(&self.steering).clone()
     }
 }
 

@@ -9,7 +9,7 @@ use super::attach::Attached;
 use super::backend::BackendEvent;
 use crate::drops::DropReason;
 use crate::port::{PortEvent, PortId};
-use crate::queue::{Sink, Source};
+use crate::queue::{Sink, SinkQueue, Source};
 
 /// Between two moments at which addresses age and files are flushed.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
@@ -90,14 +90,16 @@ impl Fabric {
                 }
             });
         }
-        for sink in &port.sinks {
-            let old = sink.with(|sink| {
+        let take = |sink: &Arc<SinkQueue>| {
+            sink.with(|sink| {
                 let faulted = port.core.is_faulted();
                 faulted.then(|| std::mem::replace(sink, Sink::Absent(DropReason::Faulted)))
-            });
-            // Not under the lock: a capture file waits for its disk.
-            drop(old);
-        }
+            })
+        };
+        let sinks: Vec<_> = port.sinks.iter().map(take).collect();
+        // A capture file waits for its disk: not under a lock.
+        drop(inner);
+        drop(sinks);
     }
 
     fn keep_house(&self) {
@@ -105,13 +107,15 @@ impl Fabric {
         let inner = self.lock();
         for switch in inner.switches.values() {
             switch.fdb.age(now, switch.fdb.buckets() / AGING_ROUNDS + 1);
-            for sink in switch.ports.values().flat_map(|port| &port.sinks) {
-                let flushed = sink.with(|sink| match sink {
-                    Sink::File(file) => file.flush().map_err(|error| error.to_string()),
-                    _ => Ok(()),
-                });
-                if let (Err(error), Some(port)) = (flushed, switch.port_of_sink(sink)) {
-                    port.core.fault(error);
+            for port in switch.ports.values() {
+                for sink in &port.sinks {
+                    let flushed = sink.with(|sink| match sink {
+                        Sink::File(file) => file.flush().map_err(|error| error.to_string()),
+                        _ => Ok(()),
+                    });
+                    if let Err(error) = flushed {
+                        port.core.fault(error);
+                    }
                 }
             }
         }

@@ -136,6 +136,10 @@ impl Rings for GuestRings {
         }
     }
 
+    fn fault(&mut self, reason: String) {
+        self.core.fault(reason);
+    }
+
     /// A guest that came here by migration is announced with a reverse ARP request, as QEMU would have sent it: this
     /// switch and those behind its uplinks learn where the address is now.
     fn announce(&mut self, mac: Mac) {

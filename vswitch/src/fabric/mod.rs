@@ -27,7 +27,6 @@ pub use crate::capture::{Capture, CapturedFrame, Direction};
 pub use offline::run_offline;
 pub use ports::PortChange;
 pub use switch::MAX_PORTS;
-pub use validate::MAX_NAME;
 pub use workers::WorkersSpec;
 
 use crate::error::FabricError;
@@ -35,6 +34,7 @@ use crate::fdb::{Filter, Key};
 use crate::port::{PortEvent, PortId};
 use crate::ports::vhost_user::server::Control;
 use crate::spec::{StaticAddress, SwitchSpec};
+use ports::Remains;
 use switch::{Port, Switch};
 use workers::Workers;
 
@@ -136,15 +136,16 @@ impl Fabric {
     pub fn remove_switch(&self, name: &str) -> Result<(), FabricError> {
         // Locked until all is gone, so that no port is added meanwhile.
         let mut inner = self.lock();
-        self.take_down(inner.switch_mut(name)?);
+        let remains = self.take_down(inner.switch_mut(name)?);
         inner.switches.remove(name);
+        drop(inner);
+        drop(remains);
         Ok(())
     }
 
-    fn take_down(&self, switch: &mut Switch) {
-        while let Some(port) = switch.ports.keys().next().cloned() {
-            self.take_out(switch, &port);
-        }
+    fn take_down(&self, switch: &mut Switch) -> Vec<Remains> {
+        let names: Vec<_> = switch.ports.keys().cloned().collect();
+        names.iter().filter_map(|port| self.take_out(switch, port)).collect()
     }
 
     /// Forgets learnt addresses of the switch, or of one port. Returns how many.
@@ -165,16 +166,12 @@ impl Fabric {
     pub fn add_address(&self, switch: &str, port: &str, mac: Mac, vlan: u16) -> Result<(), FabricError> {
         let mut inner = self.lock();
         let switch = inner.switch_mut(switch)?;
-        let index = switch.port(port)?.core.index;
         if !mac.is_station() || vlan > vmq::filter::MAX_VLAN {
             return Err(FabricError::invalid("mac", format!("{mac} in VLAN {vlan} cannot be a station")));
         }
-        switch
-            .fdb
-            .insert_static(Key::new(mac.0, vlan), index)
-            .map_err(|error| FabricError::invalid("mac", format!("{mac}: {error}")))?;
-        // Pinned for good: also when the port's VLANs change.
         let address = StaticAddress { mac, vlan };
+        switch.pin(switch.port(port)?, address)?;
+        // Pinned for good: also when the port's VLANs change.
         let spec = &mut switch.port_mut(port)?.spec;
         if !spec.addresses.contains(&address) {
             spec.addresses.push(address);
@@ -185,12 +182,17 @@ impl Fabric {
     /// Forgets an address, pinned or learnt.
     ///
     /// # Errors
-    /// No such switch, or the address is not known.
+    /// No such switch, the address is not known, or it is a port's own (`mac`).
     pub fn remove_address(&self, switch: &str, mac: Mac, vlan: u16) -> Result<(), FabricError> {
         let mut inner = self.lock();
         let switch = inner.switch_mut(switch)?;
+        let address = StaticAddress { mac, vlan };
+        if let Some(port) = switch.ports.values().find(|port| port.spec.own_address() == Some(address)) {
+            let name = &port.core.name;
+            return Err(FabricError::invalid("mac", format!("{mac} is the own address of port {name}")));
+        }
         for port in switch.ports.values_mut() {
-            port.spec.addresses.retain(|address| *address != StaticAddress { mac, vlan });
+            port.spec.addresses.retain(|pinned| *pinned != address);
         }
         if switch.fdb.remove(Key::new(mac.0, vlan)) {
             return Ok(());
@@ -215,9 +217,10 @@ impl Fabric {
     /// Removes every switch; sockets and devices made by the switch go with them.
     pub fn shutdown(&self) {
         let mut inner = self.lock();
-        inner.switches.values_mut().for_each(|switch| self.take_down(switch));
+        let remains: Vec<_> = inner.switches.values_mut().map(|switch| self.take_down(switch)).collect();
         inner.switches.clear();
         drop(inner);
+        drop(remains);
         let _ = self.events.send(PortEvent::Stop);
     }
 }

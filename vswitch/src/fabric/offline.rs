@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 
+use vmq::rss::ToeplitzKey;
 use vmq::worker::{Nanos, Polled, Task};
 
 use super::attach::{self, Attached};
-use super::switch::{Port, Switch, steering};
+use super::switch::{Port, Switch};
 use super::validate;
 use crate::error::FabricError;
 use crate::port::{PortCore, PortId};
 use crate::ports::file::WhenFull;
 use crate::queue::{Scratch, Sink, SinkQueue, Source, SourceQueue};
 use crate::report::{FabricReport, PortState, SwitchReport};
+use crate::snapshot::Steering;
 use crate::spec::{Attachment, Pace, PortSpec, SwitchSpec};
 
 const SECOND: Nanos = 1_000_000_000;
@@ -28,7 +30,7 @@ pub fn run_offline(switches: Vec<(SwitchSpec, Vec<PortSpec>)>) -> Result<FabricR
         validate::switch(&spec)?;
         let mut switch = Switch::new(spec, [0; 2]);
         for spec in ports {
-            check(&spec)?;
+            let key = check(&spec)?;
             let index = switch.free_index().ok_or_else(|| FabricError::invalid("port", "too many ports"))?;
             let names = (Arc::from(switch.spec.name.as_str()), Arc::from(spec.name.as_str()));
             let core = PortCore::new(
@@ -44,12 +46,13 @@ pub fn run_offline(switches: Vec<(SwitchSpec, Vec<PortSpec>)>) -> Result<FabricR
             let sources = vec![(vmq::worker::TaskId(u32::from(index)), source)];
             let port = Port {
                 spec,
+                key,
                 core,
                 sources,
                 sinks: vec![Arc::new(SinkQueue::new(0))],
                 attached: Attached::Local,
             };
-            switch.pin_addresses(&port)?;
+            switch.pin_addresses(&port, &port.spec)?;
             if switch.ports.insert(port.spec.name.clone(), port).is_some() {
                 return Err(FabricError::invalid("name", "two ports have the same name"));
             }
@@ -62,11 +65,11 @@ pub fn run_offline(switches: Vec<(SwitchSpec, Vec<PortSpec>)>) -> Result<FabricR
     finish(&made)
 }
 
-fn check(spec: &PortSpec) -> Result<(), FabricError> {
+fn check(spec: &PortSpec) -> Result<ToeplitzKey, FabricError> {
     validate::port(spec)?;
-    steering(spec, spec.attachment.queues())?;
+    let key = Steering::key(spec)?;
     match &spec.attachment {
-        Attachment::Pcap { repeat: false, .. } => Ok(()),
+        Attachment::Pcap { repeat: false, .. } => Ok(key),
         Attachment::Pcap { .. } => {
             Err(FabricError::invalid("pcap.repeat", "a replay in virtual time must end"))
         }

@@ -1,5 +1,6 @@
 //! What is shown to operators.
 
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 
 use vmq::worker::TaskId;
@@ -9,8 +10,9 @@ use super::attach::Attached;
 use super::switch::{Port, Switch};
 use super::workers::Place;
 use crate::error::FabricError;
+use crate::fdb::FdbEntry;
 use crate::queue::{SinkQueue, SourceQueue};
-use crate::report::{AddressReport, FabricReport, PortReport, QueueReport, SwitchReport};
+use crate::report::{AddressList, AddressReport, FabricReport, PortReport, QueueReport, SwitchReport};
 use crate::spec::VlanMode;
 use crate::tally::CounterValues;
 
@@ -28,26 +30,33 @@ impl Fabric {
         }
     }
 
-    /// The addresses a switch knows, sorted by VLAN and address.
+    /// The first `limit` addresses that a switch knows, or those of one port, by VLAN and address.
     ///
     /// # Errors
-    /// No such switch.
-    pub fn addresses(&self, switch: &str) -> Result<Vec<AddressReport>, FabricError> {
+    /// No such switch or port.
+    pub fn addresses(
+        &self,
+        switch: &str,
+        port: Option<&str>,
+        limit: usize,
+    ) -> Result<AddressList, FabricError> {
         let inner = self.lock();
         let switch = inner.switch(switch)?;
-        let names: std::collections::HashMap<_, _> =
-            switch.ports.values().map(|port| (port.core.index, port.core.name.to_string())).collect();
-        let entries = switch.fdb.snapshot(self.seconds());
-        Ok(entries
-            .into_iter()
-            .map(|entry| AddressReport {
-                mac: vmq::Mac(entry.key.mac()).to_string(),
-                vlan: entry.key.vlan(),
-                port: names.get(&entry.port).cloned().unwrap_or_default(),
-                age: entry.age,
-                fixed: entry.is_static,
-            })
-            .collect())
+        let port = port.map(|name| switch.port(name)).transpose()?.map(|port| port.core.index);
+        let names: HashMap<_, _> =
+            switch.ports.values().map(|port| (port.core.index, Arc::clone(&port.core.name))).collect();
+        let fdb = Arc::clone(&switch.fdb);
+        // A million addresses must not keep others from the switches.
+        drop(inner);
+        let (total, entries) = fdb.snapshot(self.seconds(), port, limit);
+        let report = |entry: FdbEntry| AddressReport {
+            mac: vmq::Mac(entry.key.mac()).to_string(),
+            vlan: entry.key.vlan(),
+            port: names.get(&entry.port).map(ToString::to_string).unwrap_or_default(),
+            age: entry.age,
+            fixed: entry.is_static,
+        };
+        Ok(AddressList { total, addresses: entries.into_iter().map(report).collect() })
     }
 }
 

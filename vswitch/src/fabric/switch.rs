@@ -4,19 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use vmq::filter::{QueueSet, VmqFilter};
-use vmq::rss::{HashTypes, IndirectionTable, Rss, ToeplitzKey};
+use vmq::rss::ToeplitzKey;
 use vmq::worker::TaskId;
 
 use super::attach::Attached;
 use super::backend::BackendEvent;
 use crate::error::FabricError;
-use crate::fdb::{Config, Fdb, Filter, Key, PortIndex};
+use crate::fdb::{Config, Fdb, Filter, Key, Owner, PortIndex};
 use crate::offload::translate::TagForm;
 use crate::port::{PortCore, PortId};
 use crate::queue::{SinkQueue, SourceQueue};
 use crate::snapshot::{Outlet, Snapshot, Steering};
-use crate::spec::{PortSpec, SwitchSpec, VlanMode};
+use crate::spec::{PortSpec, StaticAddress, SwitchSpec, VlanMode};
 use crate::topology::{Rules, Topology};
 
 /// Ports of one switch.
@@ -26,6 +25,7 @@ pub const MAX_PORTS: u16 = 1024;
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) spec: PortSpec,
+    pub(super) key: ToeplitzKey,
     pub(super) core: Arc<PortCore>,
     pub(super) sources: Vec<(TaskId, Arc<SourceQueue>)>,
     pub(super) sinks: Vec<Arc<SinkQueue>>,
@@ -67,10 +67,6 @@ impl Switch {
         self.ports.values().find(|port| port.core.id == id)
     }
 
-    pub(super) fn port_of_sink(&self, sink: &Arc<SinkQueue>) -> Option<&Port> {
-        self.ports.values().find(|port| port.sinks.iter().any(|own| Arc::ptr_eq(own, sink)))
-    }
-
     pub(super) fn port_by_index(&self, index: PortIndex) -> Option<&Port> {
         self.ports.values().find(|port| port.core.index == index)
     }
@@ -84,35 +80,57 @@ impl Switch {
         let len = self.ports.values().map(|port| usize::from(port.core.index) + 1).max().unwrap_or(0);
         let mut rules = vec![None; len];
         let mut outlets: Vec<Option<Outlet>> = std::iter::repeat_with(|| None).take(len).collect();
+        let mut owners = Vec::new();
         for port in self.ports.values() {
             let index = usize::from(port.core.index);
             rules[index] = Some(port.rules());
             outlets[index] = Some(port.outlet());
+            owners.extend(
+                port.spec.mac.map(|mac| Owner::new(mac.0, port.core.index, (&port.spec.vlan).into())),
+            );
         }
+        self.fdb.set_owners(owners);
         let topology = Topology::new(rules, Arc::clone(&self.fdb));
         self.snapshot.store(Arc::new(Snapshot { topology, outlets }));
     }
 
-    /// Brings the table's limits and pinned addresses in line with a port's specification.
-    pub(super) fn pin_addresses(&self, port: &Port) -> Result<(), FabricError> {
-        let index = port.core.index;
-        self.fdb.set_port_limit(index, port.spec.address_limit);
-        let own = port.spec.mac.map(|mac| (mac, access_vlan(&port.spec.vlan)));
-        let fixed = port.spec.addresses.iter().map(|address| (address.mac, address.vlan));
-        for (mac, vlan) in own.into_iter().chain(fixed) {
-            let other =
-                self.ports.values().find(|other| other.core.id != port.core.id && other.pins(mac, vlan));
-            if let Some(other) = other {
-                return Err(FabricError::invalid(
-                    "mac",
-                    format!("{mac} is pinned to port {}", other.core.name),
-                ));
-            }
-            self.fdb
-                .insert_static(Key::new(mac.0, vlan), index)
-                .map_err(|error| FabricError::invalid("mac", format!("{mac}: {error}")))?;
-        }
+    /// Brings the table's limits and pinned addresses in line with what `spec` wants of `port`. An address that `port` has
+    /// of another specification stays; if another port is in the way, all stays.
+    pub(super) fn pin_addresses(&self, port: &Port, spec: &PortSpec) -> Result<(), FabricError> {
+        self.others(port).try_for_each(|other| match spec.clash(&other.spec) {
+            Some(address) => Err(pinned_to(other, address)),
+            None => Ok(()),
+        })?;
+        spec.pinned().try_for_each(|address| self.insert(port, address))?;
+        self.fdb.set_port_limit(port.core.index, spec.address_limit);
         Ok(())
+    }
+
+    /// Pins an address to `port`.
+    pub(super) fn pin(&self, port: &Port, address: StaticAddress) -> Result<(), FabricError> {
+        match self.others(port).find(|other| other.spec.owns(address)) {
+            Some(other) => Err(pinned_to(other, address)),
+            None => self.insert(port, address),
+        }
+    }
+
+    fn insert(&self, port: &Port, address: StaticAddress) -> Result<(), FabricError> {
+        let StaticAddress { mac, vlan } = address;
+        self.fdb
+            .insert_static(Key::new(mac.0, vlan), port.core.index)
+            .map_err(|error| FabricError::invalid("mac", format!("{mac}: {error}")))
+    }
+
+    /// Forgets the own address of a port that was, or was to be, of `spec`, unless it is pinned by `kept`, too.
+    pub(super) fn unpin_own(&self, spec: &PortSpec, kept: &PortSpec) {
+        if let Some(own) = spec.own_address().filter(|&own| kept.pinned().all(|kept| kept != own)) {
+            self.fdb.remove(Key::new(own.mac.0, own.vlan));
+        }
+    }
+
+    fn others(&self, port: &Port) -> impl Iterator<Item = &Port> {
+        let id = port.core.id;
+        self.ports.values().filter(move |other| other.core.id != id)
     }
 
     /// Forgets every address on a port that is going away, and learns none there any more.
@@ -122,12 +140,9 @@ impl Switch {
     }
 }
 
-fn access_vlan(mode: &VlanMode) -> u16 {
-    match mode {
-        VlanMode::Access(vlan) => *vlan,
-        VlanMode::Trunk { native, .. } => native.unwrap_or(0),
-        VlanMode::Passthrough => 0,
-    }
+fn pinned_to(port: &Port, address: StaticAddress) -> FabricError {
+    let StaticAddress { mac, vlan } = address;
+    FabricError::invalid("mac", format!("{mac} in VLAN {vlan} is pinned to port {}", port.core.name))
 }
 
 impl Port {
@@ -136,12 +151,6 @@ impl Port {
         if let Attached::Backend(shared) = &self.attached {
             shared.notify(event);
         }
-    }
-
-    /// True if the specification pins the address here.
-    fn pins(&self, mac: vmq::Mac, vlan: u16) -> bool {
-        self.spec.mac == Some(mac) && access_vlan(&self.spec.vlan) == vlan
-            || self.spec.addresses.iter().any(|address| address.mac == mac && address.vlan == vlan)
     }
 
     fn rules(&self) -> Rules {
@@ -154,29 +163,27 @@ impl Port {
     }
 
     /// The operator's choice of queues, unless the guest has its own.
-    fn steering(&self, queues: u16) -> Option<Steering> {
-        let mut steering = steering(&self.spec, queues).ok()?;
-        if let Attached::Backend(shared) = &self.attached
-            && let Some(rss) = shared.steering(queues)
-        {
-            steering.rss = rss;
-        }
-        Some(steering)
+    fn steering(&self, enabled: &[u16]) -> Option<Steering> {
+        let guest = if let Attached::Backend(shared) = &self.attached { shared.steering() } else { None };
+        // The specification was checked when the port was made.
+        Steering::new(&self.spec, &self.key, guest, enabled).ok()
     }
 
     fn outlet(&self) -> Outlet {
         let enabled = super::backend::enabled(&self.attached);
-        let active = |queue: u16| enabled >> (queue & 63) & 1 != 0;
-        let mut sinks: Vec<_> = self.sinks.iter().filter(|sink| active(sink.queue)).cloned().collect();
-        if sinks.is_empty() {
-            // Somebody must count what is dropped.
-            sinks.extend(self.sinks.first().cloned());
-        }
-        let queues = u16::try_from(sinks.len()).unwrap_or(1);
+        let numbers = self.sinks.iter().map(|sink| sink.queue);
+        let enabled: Vec<u16> = numbers.filter(|queue| enabled >> (queue & 63) & 1 != 0).collect();
+        let (sinks, steering) = match enabled.as_slice() {
+            [_, _, ..] => (self.sinks.clone(), self.steering(&enabled)),
+            // With none enabled, somebody must count what is dropped.
+            few => {
+                let only = few.first().map_or(0, |&queue| usize::from(queue));
+                (self.sinks.get(only).cloned().into_iter().collect(), None)
+            }
+        };
         Outlet {
             port: Arc::clone(&self.core),
-            // The specification was checked when the port was made.
-            steering: (queues > 1).then(|| self.steering(queues)).flatten(),
+            steering,
             sinks,
             tag: tag_form(&self.spec.vlan),
             longest: u32::from(self.spec.mtu) + crate::topology::ETHERNET,
@@ -191,36 +198,4 @@ fn tag_form(mode: &VlanMode) -> TagForm {
         VlanMode::Access(_) => TagForm::Access,
         VlanMode::Trunk { native, .. } => TagForm::Trunk { native: native.unwrap_or(0) },
     }
-}
-
-/// Default entries of an indirection table, as NDIS has them.
-const TABLE: usize = 128;
-
-/// Queue selection among `queues` enabled queues, checked.
-pub(super) fn steering(spec: &PortSpec, queues: u16) -> Result<Steering, FabricError> {
-    let bad_key = |error: vmq::rss::RssError| FabricError::invalid("rss.key", error.to_string());
-    let bad_table = |error: vmq::rss::RssError| FabricError::invalid("rss.table", error.to_string());
-    let key = match &spec.rss.key {
-        Some(key) => ToeplitzKey::new(key).map_err(bad_key)?,
-        None => ToeplitzKey::default(),
-    };
-    let table = match &spec.rss.table {
-        Some(entries) => {
-            let whole = IndirectionTable::new(entries, spec.attachment.queues()).map_err(bad_table)?;
-            whole.for_queues(queues).map_err(bad_table)?
-        }
-        None => IndirectionTable::round_robin(TABLE, queues).map_err(bad_table)?,
-    };
-    let bad_vmq = |error: vmq::filter::FilterError| FabricError::invalid("vmq", error.to_string());
-    let mut filter = VmqFilter::new(QueueSet::all(queues).map_err(bad_vmq)?);
-    for entry in &spec.vmq {
-        // Queues that the client has not enabled are folded onto those it has.
-        let mut folded: Vec<u16> = entry.queues.iter().map(|queue| queue % queues.max(1)).collect();
-        folded.sort_unstable();
-        folded.dedup();
-        filter
-            .insert(entry.mac, entry.vlan, QueueSet::new(&folded, queues).map_err(bad_vmq)?)
-            .map_err(bad_vmq)?;
-    }
-    Ok(Steering { rss: Rss { key, table, types: HashTypes::all() }, filter })
 }

@@ -1,5 +1,10 @@
 //! Whole fabrics, with guests and device models at their ports.
 
+mod addresses;
+mod headers;
+mod ports;
+
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -13,10 +18,10 @@ use crate::DropReason;
 use crate::backend::{BackendFault, FrameSink, FrameSource};
 use crate::ports::vhost_user::features::{Features, Protocol};
 use crate::ports::vhost_user::frontend::Frontend;
-use crate::ports::vhost_user::message::Request;
+use crate::ports::vhost_user::message::{Request, VringFd, VringState};
 use crate::ports::vhost_user::tests::rig::{Guest, connect, wait_for};
-use crate::report::PortReport;
-use crate::spec::{Attachment, PortSpec, SocketMode, SwitchKind};
+use crate::report::{PortReport, PortState};
+use crate::spec::{Attachment, PortSpec, SocketMode, SwitchKind, VmqSpec};
 use crate::tally::Tally;
 
 type Frames = Arc<Mutex<Vec<Vec<u8>>>>;
@@ -29,16 +34,10 @@ struct Feed {
 }
 
 impl FrameSource for Feed {
-    fn receive<'m>(
-        &'m mut self,
-        burst: &mut Burst<'m>,
-        _: Nanos,
-        tally: &mut Tally,
-    ) -> Result<(), BackendFault> {
+    fn receive<'m>(&'m mut self, burst: &mut Burst<'m>, _: Nanos, _: &mut Tally) -> Result<(), BackendFault> {
         self.current = std::mem::take(&mut self.next.lock().unwrap());
         for frame in &self.current {
             assert!(burst.push(frame.as_slice().into(), Offload::NONE));
-            tally.moved(u32::try_from(frame.len()).unwrap());
         }
         Ok(())
     }
@@ -113,9 +112,13 @@ impl Lab {
 
     /// A port with a device model that sends what is put into the first list and takes `room` frames into the second.
     fn model(&self, name: &str, mtu: u16, room: usize) -> (BackendPort, Frames, Frames) {
-        let attachment = Attachment::Synthetic { vm: "vm".into(), nic: name.into(), queues: 1 };
-        self.fabric.add_port("lan", PortSpec { mtu, ..PortSpec::new(name, attachment) }).unwrap();
-        let port = self.fabric.backend("lan", name).unwrap();
+        self.plug(PortSpec { mtu, ..adapter(name) }, room)
+    }
+
+    fn plug(&self, spec: PortSpec, room: usize) -> (BackendPort, Frames, Frames) {
+        let name = spec.name.clone();
+        self.fabric.add_port("lan", spec).unwrap();
+        let port = self.fabric.backend("lan", &name).unwrap();
         let (next, taken) = (Frames::default(), Frames::default());
         let feed = Feed { next: Arc::clone(&next), current: Vec::new() };
         port.connect(0, Box::new(feed), Box::new(Taker { room, taken: Arc::clone(&taken) }));
@@ -147,6 +150,10 @@ impl Drop for Lab {
     fn drop(&mut self) {
         self.fabric.shutdown();
     }
+}
+
+fn adapter(name: &str) -> PortSpec {
+    PortSpec::new(name, Attachment::Synthetic { vm: "vm".into(), nic: name.into(), queues: 1 })
 }
 
 fn frame(number: u8, len: usize) -> Vec<u8> {
@@ -240,7 +247,7 @@ fn announced_guest_is_learnt_seen_by_the_others_and_counted() {
     wait_for("the announcement", || !taken.lock().unwrap().is_empty());
     assert_eq!(*taken.lock().unwrap(), [guest::reverse_arp(mac)]);
     wait_for("the count", || lab.port("guest").received.frames == 1);
-    let known = lab.fabric.addresses("lan").unwrap();
+    let known = lab.fabric.addresses("lan", None, 100).unwrap().addresses;
     assert!(known.iter().any(|entry| entry.mac == mac.to_string() && entry.port == "guest"), "{known:?}");
 }
 
@@ -275,9 +282,74 @@ fn mistake_of_the_switch_stops_the_port_it_comes_to_light_at_and_no_other() {
     // The model panics at more than a burst.
     next.lock().unwrap().extend(vec![frame(1, 60); 65]);
     wrong.nudge(0);
-    wait_for("the fault", || matches!(lab.port("wrong").state, crate::report::PortState::Faulted(_)));
+    wait_for("the fault", || matches!(lab.port("wrong").state, PortState::Faulted(_)));
     taken.lock().unwrap().clear();
     others.lock().unwrap().push(frame(2, 60));
     right.nudge(0);
     wait_for("the other port's frame", || *taken.lock().unwrap() == [frame(2, 60)]);
+}
+
+#[test]
+fn frames_go_to_the_queue_of_that_number_whichever_others_are_enabled() {
+    let lab = Lab::new();
+    let (from, next, _) = lab.model("from", 1500, 0);
+    let mac = Mac([2, 0, 0, 0, 0, 7]);
+    let attachment = Attachment::Synthetic { vm: "vm".into(), nic: "to".into(), queues: 4 };
+    let vmq = vec![VmqSpec { mac, vlan: 0, queues: vec![1] }];
+    lab.fabric.add_port("lan", PortSpec { mac: Some(mac), vmq, ..PortSpec::new("to", attachment) }).unwrap();
+    let port = lab.fabric.backend("lan", "to").unwrap();
+    for queue in [1, 3] {
+        port.connect(
+            queue,
+            Box::new(Feed::default()),
+            Box::new(Taker { room: 100, taken: Frames::default() }),
+        );
+    }
+    let mut to_it = frame(1, 60);
+    to_it[..6].copy_from_slice(&mac.0);
+    let sent = || lab.port("to").queues.iter().map(|queue| queue.sent.frames).collect::<Vec<_>>();
+    // As soon as the switch knows of both queues, a broadcast goes to the one that no filter has.
+    wait_for("the queues", || {
+        next.lock().unwrap().push(frame(1, 60));
+        from.nudge(0);
+        sent()[3] > 0
+    });
+    let before = sent();
+    next.lock().unwrap().push(to_it);
+    from.nudge(0);
+    wait_for("the frame", || sent()[1] > before[1]);
+    assert_eq!((sent()[0], sent()[2]), (0, 0));
+}
+
+#[test]
+fn changed_mtu_is_offered_to_the_next_client() {
+    let lab = Lab::new();
+    let path = lab.guest_port("guest").unwrap();
+    let takes_jumbo = || {
+        let mut front = connect(&path);
+        front.negotiate(Features::MTU, Protocol::REPLY_ACK | Protocol::NET_MTU).unwrap();
+        front.tell(&Request::NetSetMtu(9000), &[]).is_ok()
+    };
+    assert!(!takes_jumbo());
+    lab.fabric.change_port("lan", "guest", PortChange { mtu: Some(9000), ..PortChange::default() }).unwrap();
+    assert!(takes_jumbo());
+}
+
+#[test]
+fn client_whose_interrupt_makes_the_control_thread_wait_stops_its_port() {
+    let lab = Lab::new();
+    let mut front = lab.connect("guest");
+    let guest = Guest::new(Form::Split, 1);
+    front.negotiate(guest.features(), Protocol::REPLY_ACK).unwrap();
+    front.show_memory(&[guest.region()], &[guest.arena.fd()]).unwrap();
+    let (ring, call) = (&guest.pairs[0].receive, &guest.pairs[0].calls[0]);
+    let size = VringState { index: 0.into(), num: u32::from(ring.size()).into() };
+    front.tell(&Request::SetVringNum(size), &[]).unwrap();
+    front.set_addresses(0, &Guest::addresses(ring)).unwrap();
+    front.tell(&Request::SetVringCall(VringFd { index: 0, polled: false }), &[call.as_fd()]).unwrap();
+    rustix::io::ioctl_fionbio(call, false).unwrap();
+    rustix::io::write(call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    assert!(front.tell(&Request::SetVringKick(VringFd { index: 0, polled: true }), &[]).is_err());
+    let faulted = |state| matches!(state, PortState::Faulted(reason) if reason.contains("full and blocking"));
+    wait_for("the fault", || faulted(lab.port("guest").state));
 }

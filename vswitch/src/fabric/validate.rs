@@ -1,60 +1,55 @@
 //! Checks of what an operator asks for that do not depend on what exists already.
 
+use std::ops::RangeInclusive;
+
 use vmq::filter::MAX_VLAN;
 
 use crate::error::FabricError;
-use crate::spec::{Attachment, PortSpec, SwitchSpec, TapSpec, VlanMode};
+use crate::spec::{Attachment, PortSpec, SwitchSpec, TapSpec, VlanMode, check_name};
 
-/// The longest name of a switch or port.
-pub const MAX_NAME: usize = 32;
-
-fn name(key: &'static str, name: &str) -> Result<(), FabricError> {
-    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(good) || name.starts_with(['.', '-']) {
-        let expected = "1 to 32 letters, digits, `-`, `_` or `.`, not beginning with `.` or `-`";
-        return Err(FabricError::invalid(key, format!("{name:?} is no name, expected {expected}")));
-    }
-    Ok(())
+fn name(name: &str) -> Result<(), FabricError> {
+    check_name(name).map_err(|error| FabricError::invalid("name", error))
 }
 
-fn range(key: &'static str, value: u64, low: u64, high: u64) -> Result<(), FabricError> {
-    if (low..=high).contains(&value) {
+fn range<T: PartialOrd + std::fmt::Display>(
+    key: &'static str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<(), FabricError> {
+    if range.contains(&value) {
         return Ok(());
     }
+    let (low, high) = range.into_inner();
     Err(FabricError::invalid(key, format!("{value} is out of range, expected {low} to {high}")))
 }
 
-fn vlan(key: &'static str, vlan: u16) -> Result<(), FabricError> {
-    range(key, u64::from(vlan), 1, u64::from(MAX_VLAN))
-}
-
 pub(super) fn switch(spec: &SwitchSpec) -> Result<(), FabricError> {
-    name("name", &spec.name)?;
-    range("addresses", spec.addresses as u64, 1, SwitchSpec::MAX_ADDRESSES as u64)?;
-    range("aging", u64::from(spec.aging), 10, 1_000_000.min(u64::from(crate::fdb::MAX_AGING)))
+    name(&spec.name)?;
+    range("addresses", spec.addresses, SwitchSpec::ADDRESSES_RANGE)?;
+    range("aging", spec.aging, SwitchSpec::AGING_RANGE)
 }
 
 pub(super) fn mtu(mtu: u16) -> Result<(), FabricError> {
-    range("mtu", u64::from(mtu), u64::from(PortSpec::MIN_MTU), u64::from(PortSpec::MAX_MTU))
+    range("mtu", mtu, PortSpec::MTU_RANGE)
 }
 
 pub(super) fn vlan_mode(mode: &VlanMode) -> Result<(), FabricError> {
     match mode {
         VlanMode::Passthrough => Ok(()),
-        VlanMode::Access(id) => vlan("vlan.access", *id),
+        VlanMode::Access(id) => range("vlan.access", *id, VlanMode::IDS),
         VlanMode::Trunk { members, native } => {
-            members.iter().try_for_each(|&id| vlan("vlan.trunk", id))?;
-            native.map_or(Ok(()), |id| vlan("vlan.native", id))
+            members.iter().try_for_each(|&id| range("vlan.trunk", id, VlanMode::IDS))?;
+            native.map_or(Ok(()), |id| range("vlan.native", id, VlanMode::IDS))
         }
     }
 }
 
 pub(super) fn port(spec: &PortSpec) -> Result<(), FabricError> {
-    name("name", &spec.name)?;
+    name(&spec.name)?;
     mtu(spec.mtu)?;
     vlan_mode(&spec.vlan)?;
     let queues = spec.attachment.queues();
-    range("queues", u64::from(queues), 1, u64::from(PortSpec::MAX_QUEUES))?;
+    range("queues", queues, PortSpec::QUEUES_RANGE)?;
     if let Attachment::Tap { tap: TapSpec::Fds(fds), .. } = &spec.attachment
         && fds.len() != usize::from(queues)
     {
@@ -75,7 +70,7 @@ pub(super) fn port(spec: &PortSpec) -> Result<(), FabricError> {
                 format!("{} is no address of a station", address.mac),
             ));
         }
-        range("addresses.vlan", u64::from(address.vlan), 0, u64::from(MAX_VLAN))?;
+        range("addresses.vlan", address.vlan, 0..=MAX_VLAN)?;
     }
     if spec.pin.len() > usize::from(queues) {
         return Err(FabricError::invalid(

@@ -158,8 +158,7 @@ impl Workers {
 
     fn shift(&self, id: TaskId, placed: &mut Placed, to: usize) {
         if placed.worker != to {
-            self.workers[placed.worker].remove(id);
-            self.workers[to].add(id, Arc::clone(&placed.queue) as _);
+            self.workers[placed.worker].hand_over(id, &self.workers[to]);
             placed.worker = to;
         }
     }

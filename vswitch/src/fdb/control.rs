@@ -4,9 +4,13 @@
 
 use super::Fdb;
 use super::Key;
+use super::Owner;
 use super::PortIndex;
+use super::key::VLAN_MASK;
+use super::owners_of;
 use super::writer::Writer;
 use serde::Serialize;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Buckets scanned in one hold of the lock: a few microseconds even from memory.
@@ -95,7 +99,7 @@ pub struct Stats {
 /// Frames whose source was not learnt, by reason. See [`super::Learned`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Refusals {
-    /// Pinned to another port.
+    /// Pinned to another port, or its own.
     pub fixed: u64,
     /// Moved too often.
     pub flapping: u64,
@@ -122,6 +126,26 @@ impl Fdb {
             return Err(StaticError::PortRange { port, ports: self.config.ports });
         }
         self.lock().pin(self, key, port)
+    }
+
+    /// Replaces the addresses' owners. What others have learnt of them is forgotten, static entries excepted.
+    pub fn set_owners(&self, mut owners: Vec<Owner>) {
+        owners.sort_unstable_by_key(|owner| owner.address.0);
+        let owners = Arc::new(owners);
+        let before = self.owners.swap(Arc::clone(&owners));
+        // Whoever is learning under the old owners holds the lock; who takes it next knows the new ones.
+        drop(self.lock());
+        let is_new = |owner: &&Owner| owners_of(&before, owner.address).all(|known| known != *owner);
+        for owner in owners.iter().filter(is_new) {
+            let mac = owner.address.mac();
+            for vlan in (0..=VLAN_MASK).filter(|&vlan| owner.vlans.carries(vlan)) {
+                let key = Key::new(mac, vlan);
+                let known = self.table.find(key, self.table.slot(key));
+                if known.is_some_and(|(_, value)| value.port() != owner.port && !value.is_static()) {
+                    self.remove(key);
+                }
+            }
+        }
     }
 
     /// Removes `key`, learnt or static. False if it was not there.
@@ -224,11 +248,18 @@ impl Fdb {
             .map(move |(key, value)| FdbEntry::new(key, value, now))
     }
 
-    /// All entries in order of VLAN and address.
-    pub fn snapshot(&self, now: u32) -> Vec<FdbEntry> {
-        let mut entries: Vec<_> = self.iter(now).collect();
-        entries.sort_unstable_by_key(|entry| (entry.key.vlan(), entry.key.mac()));
-        entries
+    /// The number of entries, or of those on `port`, and the first `limit` of them in order of VLAN and address.
+    pub fn snapshot(&self, now: u32, port: Option<PortIndex>, limit: usize) -> (usize, Vec<FdbEntry>) {
+        let wanted = |entry: &FdbEntry| port.is_none_or(|port| port == entry.port);
+        let order = |entry: &FdbEntry| (entry.key.vlan(), entry.key.mac());
+        let mut entries: Vec<_> = self.iter(now).filter(wanted).collect();
+        let total = entries.len();
+        if limit < total {
+            entries.select_nth_unstable_by_key(limit, order);
+            entries.truncate(limit);
+        }
+        entries.sort_unstable_by_key(order);
+        (total, entries)
     }
 
     /// State and totals.

@@ -7,7 +7,7 @@ use std::fmt;
 /// Bits of a key: 48 of the address, 12 of the VLAN. The upper four are zero.
 pub(super) const KEY_MASK: u64 = (1 << 60) - 1;
 const VLAN_SHIFT: u32 = 48;
-const VLAN_MASK: u16 = 0xfff;
+pub(super) const VLAN_MASK: u16 = 0xfff;
 /// The group bit is the lowest of the first byte on the wire (IEEE 802-2014, 8.2.2), which comes first here.
 const GROUP_BIT: u64 = 1;
 
@@ -33,6 +33,11 @@ impl Key {
     pub fn mac(self) -> [u8; 6] {
         let [a, b, c, d, e, f, _, _] = self.0.to_le_bytes();
         [a, b, c, d, e, f]
+    }
+
+    /// The address, in no VLAN.
+    pub(super) fn address(self) -> Self {
+        Self(self.0 & ((1 << VLAN_SHIFT) - 1))
     }
 
     /// The VLAN, 0 to 4095.

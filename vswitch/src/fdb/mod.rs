@@ -35,6 +35,8 @@ pub use control::Stats;
 pub use key::Key;
 pub use table::Slot;
 
+use crate::topology::VlanRule;
+use arc_swap::ArcSwap;
 use crossbeam_utils::CachePadded;
 use key::Secret;
 use std::sync::Mutex;
@@ -96,6 +98,21 @@ impl Default for Flap {
     }
 }
 
+/// An address that no other port may learn in the VLANs of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    address: Key,
+    port: PortIndex,
+    vlans: VlanRule,
+}
+
+impl Owner {
+    /// `mac` belongs to `port` wherever `vlans` carries.
+    pub fn new(mac: [u8; 6], port: PortIndex, vlans: VlanRule) -> Self {
+        Self { address: Key::new(mac, 0), port, vlans }
+    }
+}
+
 /// What became of a source address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Learned {
@@ -112,7 +129,7 @@ pub enum Learned {
     },
     /// The lock was taken: not learnt this time.
     Busy,
-    /// Pinned to another port.
+    /// Pinned to another port, or its own.
     RefusedStatic,
     /// Moved too often, and stays on its port for a while.
     RefusedFlapping,
@@ -162,6 +179,8 @@ struct RefusalCounters {
 pub struct Fdb {
     config: Config,
     table: Table,
+    /// Sorted by address. Asked for new and moved addresses only.
+    owners: ArcSwap<Vec<Owner>>,
     ports: Box<[PortCell]>,
     signals: CachePadded<Signals>,
     refusals: CachePadded<RefusalCounters>,
@@ -181,6 +200,7 @@ impl Fdb {
         };
         Self {
             config,
+            owners: ArcSwap::default(),
             ports: (0..config.ports).map(port).collect(),
             signals: CachePadded::new(signals),
             refusals: CachePadded::default(),
@@ -263,7 +283,17 @@ impl Fdb {
         if self.ports.get(usize::from(port)).is_none_or(PortCell::is_full) {
             return Some(Learned::RefusedPortLimit);
         }
+        if self.is_foreign(key, port) {
+            return Some(Learned::RefusedStatic);
+        }
         (signals.spent_at.load(Relaxed) == now).then_some(Learned::RefusedRate)
+    }
+
+    /// True if `key` belongs to a port other than `port`.
+    fn is_foreign(&self, key: Key, port: PortIndex) -> bool {
+        let owners = self.owners.load();
+        let vlan = key.vlan();
+        owners_of(&owners, key.address()).any(|owner| owner.port != port && owner.vlans.carries(vlan))
     }
 
     /// The writer's lock for a worker, which does not wait for it.
@@ -282,6 +312,12 @@ impl Fdb {
     fn lock(&self) -> MutexGuard<'_, Writer> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Those of `address` among the sorted `owners`.
+fn owners_of(owners: &[Owner], address: Key) -> impl Iterator<Item = &Owner> {
+    let first = owners.partition_point(|owner| owner.address.0 < address.0);
+    owners[first..].iter().take_while(move |owner| owner.address == address)
 }
 
 impl PortCell {

@@ -232,7 +232,8 @@ fn compare(fdb: &Fdb, model: &Model) {
         .collect();
     expected.sort_unstable();
     let listed: Vec<_> = fdb
-        .snapshot(model.now)
+        .snapshot(model.now, None, usize::MAX)
+        .1
         .iter()
         .map(|entry| (entry.key.vlan(), entry.key.mac(), entry.port, entry.age, entry.is_static))
         .collect();
@@ -325,7 +326,7 @@ fn taken_lock_delays_learning_but_neither_lookups_refreshes_nor_refusals() {
 fn listing_serializes_for_the_api() {
     let fdb = Fdb::new(Config::default(), [1, 2]);
     fdb.insert_static(Key::new([2, 0, 0, 0, 0, 9], 12), 3).unwrap();
-    let json = serde_json::to_value(fdb.snapshot(0)).unwrap();
+    let json = serde_json::to_value(fdb.snapshot(0, None, usize::MAX).1).unwrap();
     assert_eq!(json[0]["key"], "02:00:00:00:00:09 vlan 12");
     assert_eq!(json[0]["is_static"], true);
 }
@@ -394,6 +395,24 @@ fn pinned_address_cannot_be_taken() {
     assert_eq!(fdb.age(1_000_000, usize::MAX), 0);
     assert_eq!(lookup(&fdb, station(1)), Some(1));
     assert_eq!(fdb.insert_static(station(1), 5000), Err(StaticError::PortRange { port: 5000, ports: 1024 }));
+}
+
+#[test]
+fn address_with_an_owner_is_learnt_on_no_other_port_in_the_owners_vlans() {
+    let fdb = Fdb::new(Config::default(), [1, 2]);
+    let mac = station(1).mac();
+    let owners = [(1, 10), (2, 20)].map(|(port, vlan)| Owner::new(mac, port, VlanRule::Access(vlan)));
+    for vlan in [10, 20, 30] {
+        assert_eq!(learn(&fdb, Key::new(mac, vlan), 66, 0), Learned::New);
+    }
+    fdb.set_owners(owners.to_vec());
+    assert_eq!(fdb.stats().entries, 1, "what others have learnt of it is forgotten");
+    let outcomes = |port| [10, 20, 30].map(|vlan| learn(&fdb, Key::new(mac, vlan), port, 0));
+    assert_eq!(outcomes(66), [Learned::RefusedStatic, Learned::RefusedStatic, Learned::Known]);
+    assert_eq!(outcomes(1), [Learned::New, Learned::RefusedStatic, Learned::Moved { from: 66 }]);
+    assert_eq!(learn(&fdb, station(2), 66, 0), Learned::New, "another address");
+    fdb.set_owners(owners[..1].to_vec());
+    assert_eq!(learn(&fdb, Key::new(mac, 20), 66, 0), Learned::New, "it has no owner there any more");
 }
 
 #[test]
@@ -495,7 +514,7 @@ fn learning_threads_and_a_flushing_one_leave_counts_and_entries_in_agreement() {
 
 /// No key twice, and all counts as the entries say.
 fn assert_consistent(fdb: &Fdb) {
-    let entries = fdb.snapshot(0);
+    let entries = fdb.snapshot(0, None, usize::MAX).1;
     assert!(entries.windows(2).all(|pair| pair[0].key != pair[1].key));
     assert!(entries.iter().all(|entry| lookup(fdb, entry.key) == Some(entry.port)));
     let stats = fdb.stats();

@@ -50,6 +50,8 @@ impl Writer {
         self.thaw(fdb, now);
         match fdb.table.find(key, fdb.table.slot(key)) {
             Some((_, value)) if value.port() == port => Learned::Known,
+            // Again: it may have got its owner since the lock-free part.
+            _ if fdb.is_foreign(key, port) => Learned::RefusedStatic,
             Some((_, value)) if value.is_static() => Learned::RefusedStatic,
             Some((_, value)) if value.is_frozen() => Learned::RefusedFlapping,
             Some((place, value)) => self.relocate(fdb, key, place, value, port, now),

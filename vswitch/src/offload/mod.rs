@@ -13,7 +13,7 @@ mod tag;
 pub mod translate;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

@@ -35,7 +35,6 @@ struct Got {
     offload: Offload,
     vlan: u16,
     tagged: bool,
-    hash: Option<u32>,
 }
 
 impl Got {
@@ -53,11 +52,10 @@ fn translate(given: &[Given], want: &Want) -> (Vec<Got>, Vec<DropReason>) {
     thread_local!(static TRANSLATOR: RefCell<Translator> = RefCell::new(Translator::new()));
     let mut store = FrameStore::default();
     let mut burst = Burst::new(&mut store);
-    for (number, one) in given.iter().enumerate() {
+    for one in given {
         push_cut(&mut burst, &one.bytes, &one.cuts, one.offload);
         let frame = burst.frames_mut().last_mut().unwrap();
         frame.vlan = one.vlan.unwrap_or(frame.vlan);
-        frame.hash = u32::try_from(number).ok();
     }
     let list: Vec<u8> = (0..u8::try_from(given.len()).unwrap()).collect();
     let (mut got, mut dropped) = (vec![], vec![]);
@@ -76,13 +74,7 @@ fn translate(given: &[Given], want: &Want) -> (Vec<Got>, Vec<DropReason>) {
 }
 
 fn got_of(burst: &Burst<'_>, frame: &Frame) -> Got {
-    Got {
-        bytes: flatten(burst, frame),
-        offload: frame.offload,
-        vlan: frame.vlan,
-        tagged: frame.tagged,
-        hash: frame.hash,
-    }
+    Got { bytes: flatten(burst, frame), offload: frame.offload, vlan: frame.vlan, tagged: frame.tagged }
 }
 
 /// What a sender does.
@@ -198,7 +190,7 @@ fn every_sender_to_every_receiver_is_right_byte_by_byte() {
                     for (got, (bytes, offload)) in got.iter().zip(right) {
                         assert_eq!(got.bytes, bytes, "{builder:?} {want:?}");
                         assert_eq!(got.offload, offload, "{builder:?} {want:?}");
-                        assert_eq!((got.tagged, got.hash), (tag_after.is_some(), Some(0)));
+                        assert_eq!(got.tagged, tag_after.is_some());
                         assert_eq!(got.vlan, vlan.or(tag.map(|tag| tag & 0xfff)).unwrap_or(0));
                         assert!(accepts.covers(&got.offload));
                         if got.offload.gso.is_none() {
@@ -290,8 +282,6 @@ fn frame_cut_into_more_segments_than_a_burst_holds_stays_whole_and_in_order() {
     assert_eq!(got.len(), 2 + 2 * 1250);
     let seen: Vec<u8> = got.iter().flat_map(|got| got.verified().payload).collect();
     assert_eq!(seen, [payload(5), data.clone(), data, payload(5)].concat());
-    let hashes: Vec<u32> = got.iter().map(|got| got.hash.unwrap()).collect();
-    assert!(hashes.is_sorted());
 }
 
 #[test]

@@ -211,7 +211,6 @@ impl<'x> Output<'x> {
             return Err(DropReason::Malformed);
         }
         if let Some(frame) = self.burst.frames_mut().last_mut() {
-            frame.hash = from.hash;
             frame.vlan = from.vlan;
             frame.tagged = retag.tagged(from.tagged);
         }

@@ -99,6 +99,9 @@ impl Switch {
                 return Fate::Delivered([known.port].into());
             }
         }
+        if destination[..5] == [0x01, 0x80, 0xc2, 0, 0] && destination[5] < 16 {
+            return Fate::Dropped(DropReason::LinkLocal);
+        }
         let others = self.ports.keys().filter(|&&port| port != ingress);
         let receivers: BTreeSet<_> = others
             .copied()

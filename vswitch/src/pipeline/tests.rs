@@ -122,6 +122,10 @@ impl Rig {
             let count = fates.iter().filter(|fate| **fate == Fate::Dropped(reason)).count();
             assert_eq!(tally.dropped(reason) as usize, count, "{reason:?}");
         }
+        let moved: Vec<_> =
+            fates.iter().zip(frames).filter(|(fate, _)| matches!(fate, Fate::Delivered(_))).collect();
+        let bytes: usize = moved.iter().map(|(_, frame)| frame.len()).sum();
+        assert_eq!((tally.frames, tally.bytes), (moved.len() as u64, bytes as u64), "each is counted once");
         fates
     }
 

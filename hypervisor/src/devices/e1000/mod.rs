@@ -49,6 +49,9 @@ pub type OnFault = Box<dyn Fn(&E1000Fault) + Send + Sync>;
 /// Bytes of frames on their way to the switch that are asked for.
 const BUFFER: usize = 1 << 20;
 
+/// EtherType of tags unless the driver says otherwise.
+const TAG: u16 = 0x8100;
+
 /// All that the guest can change.
 #[derive(Debug)]
 struct Core {
@@ -69,7 +72,12 @@ struct Core {
     transmit: Ring,
     backlog: Backlog,
     interrupts: Interrupts,
+    /// It interrupts; whether that reaches its pin is up to `forbidden`.
     line: bool,
+    /// What its pin was told.
+    pin: bool,
+    /// The guest forbids interrupts by the pin.
+    forbidden: bool,
     /// When the line has to be looked at again.
     alarm: Option<Instant>,
     /// The thread waits for frames from the cable.
@@ -113,8 +121,14 @@ pub struct E1000(Arc<Shared>);
 
 impl Core {
     fn new(mac: [u8; 6]) -> Self {
-        let mut filters =
-            Filters { control: 0, addresses: [0; 32], groups: [0; 128], vlans: [0; 128], strip: None };
+        let mut filters = Filters {
+            control: 0,
+            addresses: [0; 32],
+            groups: [0; 128],
+            vlans: [0; 128],
+            tag: TAG,
+            strip: false,
+        };
         let [a, b, c, d, e, f] = mac;
         filters.addresses[0] = u32::from_le_bytes([a, b, c, d]);
         filters.addresses[1] = u32::from(u16::from_le_bytes([e, f])) | 1 << 31;
@@ -138,6 +152,8 @@ impl Core {
             backlog: Backlog::None,
             interrupts: Interrupts::default(),
             line: false,
+            pin: false,
+            forbidden: false,
             alarm: None,
             listening: false,
             held: false,
@@ -153,8 +169,9 @@ impl Core {
     fn reset(&mut self) {
         let fresh = Self::new(self.mac);
         let (cable, master, line) = (self.cable.take(), self.master, self.line);
+        let (pin, forbidden) = (self.pin, self.forbidden);
         let (listening, held, down) = (self.listening, self.held, self.down);
-        *self = Self { cable, master, line, listening, held, down, ..fresh };
+        *self = Self { cable, master, line, pin, forbidden, listening, held, down, ..fresh };
         self.phy.set_link(self.link());
     }
 
@@ -236,7 +253,7 @@ impl Core {
                 if value & CTRL_PHY_RST != 0 {
                     self.phy.write(0, 1 << 15);
                 }
-                self.set_strip();
+                self.filters.strip = value & CTRL_VME != 0;
             }
             EECD => self.eeprom.write(value),
             EERD if value & 1 != 0 => {
@@ -247,7 +264,8 @@ impl Core {
             MDIC => self.manage(value),
             VET => {
                 self.vlan_type = value & 0xffff;
-                self.set_strip();
+                self.filters.tag =
+                    u16::try_from(self.vlan_type).ok().filter(|&kind| kind != 0).unwrap_or(TAG);
             }
             ICR => self.interrupts.clear(value),
             ITR => {
@@ -277,12 +295,6 @@ impl Core {
                 }
             }
         }
-    }
-
-    fn set_strip(&mut self) {
-        // The register says 0x8100 unless the driver says otherwise.
-        let kind = u16::try_from(self.vlan_type).ok().filter(|&kind| kind != 0).unwrap_or(0x8100);
-        self.filters.strip = (self.control & CTRL_VME != 0).then_some(kind);
     }
 
     /// Reads or writes a register of the transceiver (manual, section 13.4.8).
@@ -445,7 +457,8 @@ impl E1000 {
         *self.0.transmitter() = Transmitter::default();
         let mut core = self.0.lock();
         core.reset();
-        if std::mem::take(&mut core.line) {
+        core.line = false;
+        if std::mem::take(&mut core.pin) {
             self.0.line.set(false);
         }
     }
@@ -495,7 +508,9 @@ impl PciFunction for E1000 {
         if frames {
             core.backlog = Backlog::More;
         }
-        if alarmed || room || frames {
+        // Frames that waited for the transmitter to be switched on.
+        let again = offset == TCTL && core.transmits() && core.backlog != Backlog::None;
+        if alarmed || room || frames || again {
             drop(core);
             self.0.wake.ring();
         }
@@ -505,5 +520,15 @@ impl PciFunction for E1000 {
         let _idle = self.0.transmitter();
         self.0.lock().master = on;
         self.0.wake.ring();
+    }
+
+    fn set_interrupts(&self, on: bool) {
+        let mut core = self.0.lock();
+        core.forbidden = !on;
+        self.0.update_line(&mut core);
+    }
+
+    fn interrupts(&self) -> bool {
+        self.0.lock().line
     }
 }

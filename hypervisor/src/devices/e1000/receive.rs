@@ -26,8 +26,10 @@ pub struct Filters {
     pub groups: [u32; 128],
     /// VLANs.
     pub vlans: [u32; 128],
-    /// Tags are taken off; their EtherType.
-    pub strip: Option<u16>,
+    /// EtherType of tags.
+    pub tag: u16,
+    /// Tags are taken off.
+    pub strip: bool,
 }
 
 /// Bit 31 of a receive address's high half: it counts.
@@ -72,9 +74,8 @@ impl Filters {
     }
 
     fn tag_of(&self, frame: &[u8]) -> Option<u16> {
-        let kind = self.strip?;
         let bytes = frame.get(12..16)?;
-        (bytes[..2] == kind.to_be_bytes()).then(|| u16::from_be_bytes([bytes[2], bytes[3]]))
+        (bytes[..2] == self.tag.to_be_bytes()).then(|| u16::from_be_bytes([bytes[2], bytes[3]]))
     }
 
     /// Bytes of a receive buffer.
@@ -115,7 +116,7 @@ pub fn store(
         return Ok(Received::Filtered);
     }
     let mut status = if verified { STATUS_IP_SUM | STATUS_TCP_SUM } else { STATUS_IGNORE_SUMS };
-    let tag = filters.tag_of(frame);
+    let tag = filters.tag_of(frame).filter(|_| filters.strip);
     if tag.is_some() {
         frame.drain(12..16);
         status |= STATUS_VLAN;

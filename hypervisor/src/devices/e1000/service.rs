@@ -90,9 +90,11 @@ impl Shared {
             Line::High => (true, None),
             Line::At(moment) => (false, Some(moment)),
         };
-        if core.line != high {
-            core.line = high;
-            self.line.set(high);
+        core.line = high;
+        let level = high && !core.forbidden;
+        if core.pin != level {
+            core.pin = level;
+            self.line.set(level);
         }
         let before = std::mem::replace(&mut core.alarm, again);
         // A thread that wakes too early only looks; one that is set already need not be told.
@@ -146,7 +148,7 @@ impl Shared {
             self.update_line(&mut core);
             return;
         }
-        let (mut ring, tag) = (core.transmit, core.filters.strip);
+        let (mut ring, tag) = (core.transmit, core.filters.strip.then_some(core.filters.tag));
         let cable = core.cable.clone().filter(|_| !core.down);
         drop(core);
         let mut sent = Sent::default();

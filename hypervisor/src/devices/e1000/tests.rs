@@ -187,7 +187,7 @@ fn segmentation_is_handed_on_with_lengths_and_sums_restored() {
 }
 
 #[test]
-fn segmentation_with_nonsense_offsets_drops_the_frame_only() {
+fn segmentation_with_nonsense_offsets_is_refused_by_the_switch_and_stops_nothing() {
     let driver = Driver::new();
     driver.poke(BUFFERS, &tcp(3000));
     for (index, (at, value)) in [(0, 40), (4, 14), (5, 20), (5, 200), (13, 40), (14, 0)].iter().enumerate() {
@@ -198,10 +198,23 @@ fn segmentation_with_nonsense_offsets_drops_the_frame_only() {
         driver.descriptor(TX, at, context);
         driver.descriptor(TX, at + 1, data(BUFFERS, 3054, 1, 0x20 | 4 | 8 | 1, 3));
         driver.set(TDT, u32::try_from((at + 2) % 16).unwrap());
-        let mut none = [0; 16];
-        assert!(rustix::net::recv(&driver.far, &mut none, rustix::net::RecvFlags::DONTWAIT).is_err());
+        let frame = driver.received();
+        assert_eq!((frame.len(), &frame[..2], &frame[6..10]), (VNET + 3054, &[1, 0][..], &[0xff; 4][..]));
     }
+    assert_eq!(driver.get(TSCTC), 0);
     assert!(driver.faults.lock().unwrap().is_empty());
+}
+
+#[test]
+fn frame_shorter_than_a_header_is_the_switchs_to_count() {
+    let driver = Driver::new();
+    driver.set(CTRL, CTRL_VME);
+    for len in [0, 1, 13] {
+        driver.descriptor(TX, 0, data(BUFFERS, len, 0, 1 | 0x40, 0));
+        driver.set(TDH, 0);
+        driver.set(TDT, 1);
+        assert_eq!(driver.received(), vec![0; VNET + len as usize]);
+    }
 }
 
 #[test]
@@ -292,7 +305,8 @@ fn groups_are_filtered_by_hash() {
         addresses: [0; 32],
         groups,
         vlans: [0; 128],
-        strip: None,
+        tag: TAG,
+        strip: false,
     };
     let frame = ethernet([1, 0, 0x5e, 0, 0, 0xfb], 60);
     assert!(!filters(RCTL_EN, [0; 128]).accepts(&frame));
@@ -302,6 +316,37 @@ fn groups_are_filtered_by_hash() {
     groups[0xfb0 >> 5] = 1 << (0xfb0 & 31);
     assert!(filters(RCTL_EN, groups).accepts(&frame));
     assert!(!filters(RCTL_EN, groups).accepts(&ethernet([1, 0, 0x5e, 0, 0, 0xfa], 60)));
+}
+
+#[test]
+fn vlans_are_filtered_whether_tags_are_taken_off_or_not() {
+    let driver = Driver::new();
+    let mut frame = ethernet([0xff; 6], 80);
+    frame.splice(12..12, [0x81, 0, 0x20, 10]);
+    driver.set(RCTL, RCTL_EN | RCTL_BAM | RCTL_VFE);
+    for control in [0, CTRL_VME] {
+        driver.set(CTRL, control);
+        driver.set(VFTA, 0);
+        assert!(!driver.nic.0.lock().filters.accepts(&frame), "{control:#x}");
+        driver.set(VFTA, 1 << 10);
+        assert!(driver.nic.0.lock().filters.accepts(&frame), "{control:#x}");
+    }
+}
+
+#[test]
+fn interrupt_that_pci_forbids_is_pending_until_it_is_allowed() {
+    let driver = Driver::new();
+    let level = || driver.line.0.load(Ordering::SeqCst);
+    driver.nic.set_interrupts(false);
+    driver.set(ICS, CAUSE_LSC);
+    assert_eq!((level(), driver.nic.interrupts()), (false, true));
+    driver.nic.set_interrupts(true);
+    assert_eq!((level(), driver.nic.interrupts()), (true, true));
+    driver.nic.set_interrupts(false);
+    assert_eq!((level(), driver.nic.interrupts()), (false, true));
+    driver.get(ICR);
+    driver.nic.set_interrupts(true);
+    assert_eq!((level(), driver.nic.interrupts()), (false, false));
 }
 
 #[test]
@@ -405,5 +450,23 @@ fn paused_adapter_sends_when_it_goes_on() {
     driver.nic.resume();
     driver.set(TDT, 1);
     until("sending", || driver.get(TDH) == 1);
+    assert_eq!(driver.received().len(), VNET + 60);
+}
+
+#[test]
+fn frames_given_just_before_the_transmitter_stops_leave_when_it_starts_again() {
+    let driver = Driver::new();
+    let write = |register, value: u32| driver.nic.write(0, register, &value.to_le_bytes());
+    driver.poke(BUFFERS, &ethernet([9; 6], 60));
+    driver.descriptor(TX, 0, data(BUFFERS, 60, 0, 9, 0));
+    // The thread comes too late.
+    write(TDT, 1);
+    write(TCTL, 0);
+    driver.nic.0.wake.clear();
+    driver.nic.0.send_frames();
+    assert_eq!(driver.get(TDH), 0);
+    write(TCTL, TCTL_EN);
+    assert!(driver.nic.0.wake.clear(), "the thread is told");
+    driver.nic.0.send_frames();
     assert_eq!(driver.received().len(), VNET + 60);
 }

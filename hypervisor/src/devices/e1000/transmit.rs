@@ -79,8 +79,6 @@ pub struct Turn {
     pub reported: bool,
     /// Segmentation contexts used.
     pub segmentations: u32,
-    /// Frames that could not be described and were dropped.
-    pub dropped: u32,
     /// What is left to do.
     pub backlog: Backlog,
 }
@@ -185,19 +183,16 @@ impl Transmitter {
         let context = self.context;
         let frame = &mut self.frame;
         frame.begun = false;
-        if frame.bytes.len() < VNET + 14 {
-            turn.dropped += 1;
-            return;
-        }
         let done = if frame.segment { segment(frame, &context) } else { checksums(frame, &context) };
-        if done.is_none() {
-            turn.dropped += 1;
-            return;
+        match (done, tag) {
+            // What makes no sense is the switch's to drop and to count, with a reason: a checksum beyond the frame.
+            (None, _) => partial(&mut frame.bytes, u16::MAX, u16::MAX),
+            (Some(()), Some((kind, control))) if frame.bytes.len() >= VNET + 14 => {
+                insert_tag(&mut frame.bytes, kind, control);
+            }
+            _ => {}
         }
-        turn.segmentations += u32::from(frame.segment);
-        if let Some((kind, control)) = tag {
-            insert_tag(&mut frame.bytes, kind, control);
-        }
+        turn.segmentations += u32::from(done.is_some() && frame.segment);
         self.waiting = !send(&frame.bytes);
     }
 }

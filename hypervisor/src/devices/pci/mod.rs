@@ -43,12 +43,20 @@ pub trait PciFunction: Send {
     fn write(&self, bar: usize, offset: u32, data: &[u8]);
     /// The guest allowed or forbade the function to reach memory.
     fn set_master(&self, on: bool);
+    /// The guest allowed or forbade the function to interrupt by its pin.
+    fn set_interrupts(&self, on: bool);
+    /// The function has something to interrupt for, whether that is allowed or not.
+    fn interrupts(&self) -> bool;
 }
 
 /// Command register bits a guest may set: memory space, bus master, interrupt disable.
-const COMMAND_MASK: u16 = 1 << 1 | 1 << 2 | 1 << 10;
+const COMMAND_MASK: u16 = COMMAND_MEMORY | COMMAND_MASTER | COMMAND_NO_INTERRUPTS;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
+const COMMAND_NO_INTERRUPTS: u16 = 1 << 10;
+
+/// Status register, in the upper half of the dword: an interrupt is pending. Drivers that mask by the command register look here.
+const STATUS_INTERRUPT: u32 = 1 << (16 + 3);
 
 struct Slot {
     function: Box<dyn PciFunction>,
@@ -67,6 +75,7 @@ impl Slot {
         let id = self.function.identity();
         match register {
             0x00 => u32::from(id.device) << 16 | u32::from(id.vendor),
+            0x04 if self.function.interrupts() => STATUS_INTERRUPT | u32::from(self.command),
             0x04 => u32::from(self.command),
             0x08 => id.class << 8 | u32::from(id.revision),
             0x10..=0x24 => self.bars[usize::from((register - 0x10) / 4)],
@@ -84,8 +93,12 @@ impl Slot {
                 let [low, high, ..] = value.to_le_bytes();
                 let before = self.command;
                 self.command = u16::from_le_bytes([low, high]) & COMMAND_MASK;
-                if (before ^ self.command) & COMMAND_MASTER != 0 {
+                let changed = before ^ self.command;
+                if changed & COMMAND_MASTER != 0 {
                     self.function.set_master(self.command & COMMAND_MASTER != 0);
+                }
+                if changed & COMMAND_NO_INTERRUPTS != 0 {
+                    self.function.set_interrupts(self.command & COMMAND_NO_INTERRUPTS == 0);
                 }
             }
             0x10..=0x24 => {
@@ -128,6 +141,10 @@ impl PciFunction for HostBridge {
     fn read(&self, _: usize, _: u32, _: &mut [u8]) {}
     fn write(&self, _: usize, _: u32, _: &[u8]) {}
     fn set_master(&self, _: bool) {}
+    fn set_interrupts(&self, _: bool) {}
+    fn interrupts(&self) -> bool {
+        false
+    }
 }
 
 struct Bus {
@@ -198,6 +215,7 @@ impl PciRoot {
             slot.command = 0;
             slot.bars = [0; BARS];
             slot.function.set_master(false);
+            slot.function.set_interrupts(true);
         }
     }
 
@@ -296,6 +314,8 @@ mod tests {
     struct Seen {
         written: AtomicU32,
         master: AtomicU32,
+        /// Bit 0: something is pending; bit 1: interrupts are forbidden.
+        interrupts: AtomicU32,
     }
 
     struct Card(Arc<Seen>);
@@ -315,6 +335,12 @@ mod tests {
         }
         fn set_master(&self, on: bool) {
             self.0.master.store(on.into(), Ordering::Relaxed);
+        }
+        fn set_interrupts(&self, on: bool) {
+            self.0.interrupts.store(if on { 1 } else { 3 }, Ordering::Relaxed);
+        }
+        fn interrupts(&self) -> bool {
+            self.0.interrupts.load(Ordering::Relaxed) & 1 != 0
         }
     }
 
@@ -368,6 +394,22 @@ mod tests {
         assert_eq!(seen.written.load(Ordering::Relaxed), 0x1_fffc, "past the end");
         root.reset();
         assert_eq!((dword(&root, 1, 0x10), seen.master.load(Ordering::Relaxed)), (0, 0));
+    }
+
+    #[test]
+    fn pending_interrupt_is_in_the_status_and_forbidden_by_the_command() {
+        let (root, seen) = (PciRoot::new(0xe000_0000), Arc::new(Seen::default()));
+        assert!(root.plug(Box::new(Card(Arc::clone(&seen))), |_| 17).is_ok());
+        assert_eq!(dword(&root, 1, 4), 0);
+        seen.interrupts.store(1, Ordering::Relaxed);
+        assert_eq!(dword(&root, 1, 4), STATUS_INTERRUPT);
+        root.write_port(0xcfc, &(1u16 << 10).to_le_bytes());
+        assert_eq!(
+            (dword(&root, 1, 4), seen.interrupts.load(Ordering::Relaxed)),
+            (STATUS_INTERRUPT | 1 << 10, 3)
+        );
+        root.write_port(0xcfc, &0u16.to_le_bytes());
+        assert_eq!((dword(&root, 1, 4), seen.interrupts.load(Ordering::Relaxed)), (STATUS_INTERRUPT, 1));
     }
 
     #[test]

@@ -9,14 +9,13 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use vmbus::guid::{Guid, interface};
-use vmq::Mac;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
 use super::framing::{Event, Kind, Link, STATUS_OK, Version};
 use super::{Answer, CommandError, Contact, Mistake, Moment, Outbox, Service, instance};
 pub use wire::Pool;
-use wire::{Delete, Enumerate, Header, IpBlock, IpMessage, KEY, Operation, PairMessage, VALUE, Value};
+use wire::{Delete, Enumerate, Header, KEY, Operation, PairMessage, VALUE, Value};
 
 /// Between two looks at all pairs.
 pub const REFRESH: Duration = Duration::from_secs(30);
@@ -40,40 +39,18 @@ pub struct Item {
     pub value: String,
 }
 
-/// What the guest says of an adapter.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct IpInfo {
-    /// Addresses come from DHCP.
-    pub dhcp: bool,
-    /// Addresses, of both families.
-    pub addresses: Vec<String>,
-    /// Masks and prefix lengths, in the order of the addresses.
-    pub subnets: Vec<String>,
-    /// Gateways.
-    pub gateways: Vec<String>,
-    /// Name servers.
-    pub dns: Vec<String>,
-}
-
 #[derive(Debug)]
 enum Job {
-    Read { pool: usize, index: u32, found: Vec<Item>, answer: Option<Answer<Vec<Item>>> },
+    Read { pool: usize, index: u32, found: Vec<Item> },
     Set { key: String, value: String, answer: Answer<()> },
     Delete { key: String, answer: Answer<()> },
-    IpInfo { mac: Mac, answer: Answer<IpInfo> },
 }
 
 impl Job {
-    fn read(answer: Option<Answer<Vec<Item>>>) -> Self {
-        Self::Read { pool: 0, index: 0, found: Vec::new(), answer }
-    }
-
     fn fail(self, error: CommandError) {
         match self {
-            Self::Read { answer: Some(answer), .. } => answer.give(Err(error)),
-            Self::Read { answer: None, .. } => {}
+            Self::Read { .. } => {}
             Self::Set { answer, .. } | Self::Delete { answer, .. } => answer.give(Err(error)),
-            Self::IpInfo { answer, .. } => answer.give(Err(error)),
         }
     }
 
@@ -82,7 +59,6 @@ impl Job {
             Self::Read { .. } => Operation::Enumerate,
             Self::Set { .. } => Operation::Set,
             Self::Delete { .. } => Operation::Delete,
-            Self::IpInfo { .. } => Operation::GetIpInfo,
         }
     }
 
@@ -99,12 +75,6 @@ impl Job {
                 let mut body = Delete { key_len: U32::ZERO, key: [0; KEY] };
                 body.key_len = U32::new(wire::encode(key, &mut body.key)?);
                 Some(padded(header(Pool::External), body))
-            }
-            Self::IpInfo { mac, .. } => {
-                let mut block: IpBlock = zerocopy::FromZeros::new_zeroed();
-                wire::encode(&mac.to_string().to_uppercase(), &mut block.adapter)?;
-                let message = IpMessage { header: header(Pool::External), block };
-                Some(message.as_bytes().to_vec())
             }
         }
     }
@@ -150,11 +120,6 @@ impl Kvp {
         &self.items
     }
 
-    /// Reads all pairs anew.
-    pub fn get_all(&mut self, answer: Answer<Vec<Item>>) {
-        self.enqueue(Job::read(Some(answer)));
-    }
-
     /// Writes a pair for the guest's programs to read (pool 0).
     pub fn set(&mut self, key: String, value: String, answer: Answer<()>) {
         self.enqueue(Job::Set { key, value, answer });
@@ -163,11 +128,6 @@ impl Kvp {
     /// Removes a pair from pool 0.
     pub fn delete(&mut self, key: String, answer: Answer<()>) {
         self.enqueue(Job::Delete { key, answer });
-    }
-
-    /// Asks for the addresses of the adapter with this station address.
-    pub fn ip_info(&mut self, mac: Mac, answer: Answer<IpInfo>) {
-        self.enqueue(Job::IpInfo { mac, answer });
     }
 
     fn enqueue(&mut self, job: Job) {
@@ -196,11 +156,7 @@ impl Kvp {
         let done = if status == STATUS_OK { Ok(()) } else { Err(CommandError::Refused { status }) };
         match job {
             Job::Set { answer, .. } | Job::Delete { answer, .. } => answer.give(done),
-            Job::IpInfo { answer, .. } => {
-                let (message, _) = super::take::<IpMessage>(body)?;
-                answer.give(done.map(|()| ip_info(&message.block)));
-            }
-            Job::Read { mut pool, mut index, mut found, answer } => {
+            Job::Read { mut pool, mut index, mut found } => {
                 match status {
                     STATUS_OK => {
                         let item = item(POOLS.get(pool).copied(), body)?;
@@ -214,13 +170,9 @@ impl Kvp {
                     (pool, index) = (pool + 1, 0);
                 }
                 if pool < POOLS.len() {
-                    self.queue.push_front(Job::Read { pool, index, found, answer });
+                    self.queue.push_front(Job::Read { pool, index, found });
                 } else {
-                    self.items.clone_from(&found);
-                    self.due = now + REFRESH;
-                    if let Some(answer) = answer {
-                        answer.give(Ok(found));
-                    }
+                    (self.items, self.due) = (found, now + REFRESH);
                 }
             }
         }
@@ -239,16 +191,6 @@ fn item(pool: Option<Pool>, body: &[u8]) -> Result<Option<Item>, Mistake> {
     let key = wire::decode(&block.key, block.key_len.get())?;
     let value = wire::decode(&block.value, block.value_len.get())?;
     Ok(pool.map(|pool| Item { pool, key, value }))
-}
-
-fn ip_info(block: &IpBlock) -> IpInfo {
-    IpInfo {
-        dhcp: block.dhcp != 0,
-        addresses: wire::list(&block.addresses),
-        subnets: wire::list(&block.subnets),
-        gateways: wire::list(&block.gateways),
-        dns: wire::list(&block.dns),
-    }
 }
 
 impl Default for Kvp {
@@ -314,7 +256,7 @@ impl Service for Kvp {
             self.give_up(&CommandError::NoAnswer { seconds: PATIENCE.as_secs() });
         }
         if self.link.is_ready() && self.queue.is_empty() && now >= self.due {
-            self.queue.push_back(Job::read(None));
+            self.queue.push_back(Job::Read { pool: 0, index: 0, found: Vec::new() });
         }
         if self.link.is_ready()
             && let Some(job) = self.queue.pop_front()

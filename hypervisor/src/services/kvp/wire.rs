@@ -23,8 +23,6 @@ pub enum Operation {
     Delete = 2,
     /// The pair at an index.
     Enumerate = 3,
-    /// Addresses of an adapter.
-    GetIpInfo = 4,
 }
 
 /// Where pairs are kept in the guest.
@@ -39,7 +37,7 @@ pub enum Pool {
     Auto = 2,
 }
 
-/// First part of a body. The other one is at byte 4, but for addresses at byte 2.
+/// First part of a body.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Header {
@@ -85,36 +83,6 @@ pub struct Delete {
     pub key: [u8; KEY],
 }
 
-/// Addresses of an adapter; lists are separated by semicolons.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub struct IpBlock {
-    /// Station address as text in a request.
-    pub adapter: [u8; 256],
-    /// 1 IPv4, 2 IPv6, 3 both.
-    pub family: u8,
-    /// 1 if it comes from DHCP.
-    pub dhcp: u8,
-    /// Addresses.
-    pub addresses: [u8; 2048],
-    /// Masks or prefix lengths.
-    pub subnets: [u8; 2048],
-    /// Gateways.
-    pub gateways: [u8; 1024],
-    /// Name servers.
-    pub dns: [u8; 2048],
-}
-
-/// A request for addresses: nothing between header and block.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub struct IpMessage {
-    /// What is asked for.
-    pub header: Header,
-    /// The answer's place.
-    pub block: IpBlock,
-}
-
 /// A request about pairs: the largest has the size of [`Enumerate`].
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -130,8 +98,6 @@ pub struct PairMessage<T> {
 const _: () = assert!(size_of::<Value>() == 2572);
 const _: () = assert!(size_of::<Enumerate>() == 2576);
 const _: () = assert!(size_of::<Delete>() == 516);
-const _: () = assert!(size_of::<IpBlock>() == 7426);
-const _: () = assert!(size_of::<IpMessage>() == 7428);
 const _: () = assert!(size_of::<PairMessage<Enumerate>>() == 2580);
 
 /// Writes `text` with its terminator, and returns its bytes. `None` if it does not fit, in UTF-16 or in the UTF-8 that
@@ -159,13 +125,6 @@ pub fn decode(from: &[u8], len: u32) -> Result<String, Mistake> {
     let units = bytes.chunks_exact(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]]));
     let text = char::decode_utf16(units.take_while(|unit| *unit != 0));
     Ok(text.map(|decoded| printable(decoded.unwrap_or(char::REPLACEMENT_CHARACTER))).collect())
-}
-
-/// A list as it stands in an [`IpBlock`].
-pub fn list(from: &[u8]) -> Vec<String> {
-    let len = u32::try_from(from.len()).unwrap_or(0);
-    let text = decode(from, len).unwrap_or_default();
-    text.split(';').map(str::trim).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
 }
 
 /// What a guest writes is shown on terminals and in logs: nothing in it may steer them.

@@ -61,14 +61,6 @@ impl Daemon {
                 message[44..48].copy_from_slice(&value.to_le_bytes());
                 0
             }
-            4 if get(message, 30, 256) == "02:00:00:00:00:AB" => {
-                (message[286], message[287]) = (3, 1);
-                put(message, 288, "10.0.0.5;fe80::1;");
-                put(message, 288 + 2048, "255.255.255.0;/64");
-                put(message, 288 + 4096, "10.0.0.1");
-                put(message, 288 + 4096 + 1024, "");
-                0
-            }
             _ => STATUS_FAIL,
         }
     }
@@ -115,7 +107,7 @@ fn guest_without_a_daemon_is_waited_for_in_silence() {
     let negotiation = play.request(at(0));
     assert!(play.silent(at(100_000)));
     let (answer, given) = Answer::channel();
-    play.service.get_all(answer);
+    play.service.delete("a".into(), answer);
     assert_eq!(given.try_recv(), Ok(Err(CommandError::NotReady)));
     play.answer(negotiation, at(100_000), |_| 0).unwrap();
     assert_eq!(play.service.contact(), Contact::Ready("4.0".into()));
@@ -152,37 +144,14 @@ fn value_is_set_and_deleted_in_the_hosts_pool() {
 }
 
 #[test]
-fn addresses_are_asked_for_by_station_address_with_the_short_header() {
-    let (mut play, mut daemon) = (kvp(), Daemon::linux());
-    run(&mut play, &mut daemon, at(0));
-    let (answer, given) = Answer::channel();
-    play.service.ip_info(Mac([2, 0, 0, 0, 0, 0xab]), answer);
-    let request = play.request(at(1));
-    assert_eq!(request.payload.len(), 28 + 7428);
-    assert_eq!(body(&request)[..6], [4, 0, b'0', 0, b'2', 0]);
-    play.answer(request, at(1), |message| daemon.answer(message)).unwrap();
-    let info = given.try_recv().unwrap().unwrap();
-    assert!(info.dhcp);
-    assert_eq!(info.addresses, ["10.0.0.5", "fe80::1"]);
-    assert_eq!(info.subnets, ["255.255.255.0", "/64"]);
-    assert_eq!(info.gateways, ["10.0.0.1"]);
-    assert!(info.dns.is_empty());
-    let (answer, given) = Answer::channel();
-    play.service.ip_info(Mac([2, 0, 0, 0, 0, 1]), answer);
-    run(&mut play, &mut daemon, at(1));
-    assert_eq!(given.try_recv(), Ok(Err(CommandError::Refused { status: STATUS_FAIL })));
-}
-
-#[test]
 fn commands_wait_for_each_other_and_all_are_answered() {
     let (mut play, mut daemon) = (kvp(), Daemon::linux());
-    let (answer, all) = Answer::channel();
-    play.service.get_all(answer);
     let (answer, set) = Answer::channel();
     play.service.set("a".into(), "1".into(), answer);
+    let (answer, deleted) = Answer::channel();
+    play.service.delete("a".into(), answer);
     run(&mut play, &mut daemon, at(0));
-    assert_eq!(all.try_recv().unwrap().unwrap().len(), 4);
-    assert_eq!(set.try_recv(), Ok(Ok(())));
+    assert_eq!((set.try_recv(), deleted.try_recv()), (Ok(Ok(())), Ok(Ok(()))));
 }
 
 #[test]
@@ -212,7 +181,7 @@ fn daemon_that_dies_fails_who_waits_and_is_not_asked_again_until_it_answers() {
     play.tick(at(45));
     assert_eq!(waiting.try_recv(), Ok(Err(CommandError::NoAnswer { seconds: 45 })));
     let (answer, given) = Answer::channel();
-    play.service.get_all(answer);
+    play.service.delete("a".into(), answer);
     assert_eq!(given.try_recv(), Ok(Err(CommandError::Busy)));
     assert!(play.silent(at(1000)));
     let mut daemon = Daemon::linux();
@@ -277,7 +246,7 @@ fn closed_channel_fails_who_waits_and_keeps_what_is_known_until_reset() {
     let (mut play, mut daemon) = (kvp(), Daemon::linux());
     run(&mut play, &mut daemon, at(0));
     let (answer, given) = Answer::channel();
-    play.service.get_all(answer);
+    play.service.delete("a".into(), answer);
     play.service.closed();
     assert_eq!(given.try_recv(), Ok(Err(CommandError::Closed)));
     assert_eq!(play.service.items().len(), 4);

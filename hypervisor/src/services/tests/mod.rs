@@ -10,8 +10,6 @@ mod vss;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmq::Mac;
-
 use super::framing::{HEADERS, Kind};
 use super::shutdown::ShutdownKind;
 use super::*;

@@ -230,7 +230,9 @@ fn unknown_device_is_refused_and_commands_without_contact_are_answered() {
     let (pump, _) = pump();
     let line = Line::open(&pump, instance::KVP);
     assert_eq!(pump.open(Guid::ZERO, line.channel()), Err(PumpError::Unknown(Guid::ZERO)));
-    assert_eq!(pump.call(LIMIT, |answer| Command::KvpGetAll { answer }), Err(CommandError::NotReady));
+    let key = "a".to_owned();
+    let delete = pump.call(LIMIT, |answer| Command::KvpDelete { key, answer });
+    assert_eq!(delete, Err(CommandError::NotReady));
     assert_eq!(pump.call(LIMIT, |answer| Command::Thaw { answer }), Err(CommandError::NotFrozen));
     let absent = pump.call(LIMIT, |answer| Command::SetMemory { bytes: 1 << 30, answer });
     assert_eq!(absent, Err(CommandError::Absent));

@@ -131,7 +131,7 @@ fn rsc_needs_version_capability_and_request() {
     let effects = guest.nic.rndis(&message).unwrap();
     assert!(matches!(
         effects.as_slice(),
-        [Effect::DataPathChanged, Effect::RndisReply(_), Effect::Indicate(indication)] if indication.len() == 20 + 156
+        [Effect::Changed, Effect::RndisReply(_), Effect::Indicate(indication)] if indication.len() == 20 + 156
     ));
     assert!(guest.nic.data_path().rsc);
     // `ethtool -K lro off` says nothing of the others.
@@ -184,13 +184,13 @@ fn address_changes_only_where_spoofing_is_allowed() {
     let info = oid::network_address_parameter(mac);
     let mut guest = Guest::running(config());
     assert_eq!(guest.set(Oid::GEN_RNDIS_CONFIG_PARAMETER, &info), 0xc000_0001);
-    guest.nic.set_spoofing(true);
+    guest.nic.configure(1500, None, true);
     assert_eq!(guest.set(Oid::GEN_RNDIS_CONFIG_PARAMETER, &info), 0);
     assert_eq!(guest.query(Oid::ETHERNET_CURRENT_ADDRESS), mac.0);
     assert_eq!(guest.query(Oid::ETHERNET_PERMANENT_ADDRESS), config().mac.0);
     let group = oid::network_address_parameter(Mac::BROADCAST);
     assert_eq!(guest.set(Oid::GEN_RNDIS_CONFIG_PARAMETER, &group), INVALID_DATA);
-    guest.nic.set_spoofing(false);
+    guest.nic.configure(1500, None, false);
     let own = oid::network_address_parameter(config().mac);
     assert_eq!(guest.set(Oid::GEN_RNDIS_CONFIG_PARAMETER, &own), 0);
     assert_eq!(guest.nic.data_path().mac, config().mac);
@@ -251,7 +251,7 @@ fn spreading_is_the_guests_own_until_it_or_its_channel_ends() {
     assert_eq!(guest.set(Oid::GEN_RECEIVE_SCALE_PARAMETERS, &udp), 0);
     let types = types | HashTypes::UDP_V4 | HashTypes::UDP_V6;
     assert_eq!(guest.nic.data_path().rss, Some(GuestRss { types, ..expected }));
-    assert_eq!(guest.nic.channel_closed(2), vec![Effect::DataPathChanged]);
+    assert_eq!(guest.nic.channel_closed(2), vec![Effect::Changed]);
     assert_eq!(guest.nic.data_path().rss, None);
 }
 

@@ -206,7 +206,7 @@ fn says(guest: &mut Guest, kind: rndis::Kind) -> Says {
     };
     match effects.as_slice() {
         [] => return Says::Nothing,
-        [Effect::Halted] => return Says::Halts,
+        [Effect::Changed] => return Says::Halts,
         _ => {}
     }
     let answer = reply(effects);
@@ -248,7 +248,7 @@ fn initialize_and_reset_forget_filter_and_spreading() {
         let mut guest = Guest::running(config());
         guest.set(Oid::GEN_CURRENT_PACKET_FILTER, &[0x0d, 0, 0, 0]);
         let effects = guest.nic.rndis(&message).unwrap();
-        assert_eq!(effects[0], Effect::DataPathChanged);
+        assert_eq!(effects[0], Effect::Changed);
         assert_eq!(guest.nic.data_path().filter, PacketFilter::empty());
     }
 }

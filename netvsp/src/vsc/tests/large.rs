@@ -173,8 +173,10 @@ fn flows_spread_over_channels_and_each_keeps_its_own() {
     for round in 0..3 {
         for port in 1000..1040u16 {
             let queue = usize::from(port) % 4;
-            one.send(&partial(2, 1, port, 100), &Transmit { queue, ..Transmit::default() }.checksum(TCP))
-                .unwrap();
+            let mut transmit = Transmit { queue, ..Transmit::default() }.checksum(TCP);
+            // What the sender says its hash is has no say.
+            transmit.header.hash = Some(round).filter(|_| round > 0);
+            one.send(&partial(2, 1, port, 100), &transmit).unwrap();
             one.flush();
             let received = next(&mut two, 1);
             let hash = rss.hash_v4_ports([10, 0, 0, 1], [10, 0, 0, 2], port, 80);
@@ -184,4 +186,23 @@ fn flows_spread_over_channels_and_each_keeps_its_own() {
         }
     }
     assert_eq!(used.len(), 4);
+}
+
+#[test]
+fn hash_of_udp_is_shown_as_what_it_is_by_addresses_unless_ports_were_asked_for() {
+    let config = Config { queues: 4, ..Config::default() };
+    let (_rig, mut one, mut two) = two(config.clone(), config);
+    let key = vmq::rss::ToeplitzKey::default();
+    for (protocol, hash, kind) in [
+        (6, key.hash_v4_ports([10, 0, 0, 1], [10, 0, 0, 2], 7, 80), oid::HASH_TCP_IPV4),
+        (17, key.hash_v4([10, 0, 0, 1], [10, 0, 0, 2]), oid::HASH_IPV4),
+    ] {
+        let mut frame = life::datagram(2, 1, 7);
+        frame[23] = protocol;
+        one.send(&frame, &Transmit::default()).unwrap();
+        one.flush();
+        let received = next(&mut two, 1);
+        assert_eq!(received.hash, Some((hash, oid::HASH_TOEPLITZ | kind)));
+        assert_eq!(received.queue, hash as usize % 4);
+    }
 }

@@ -238,6 +238,8 @@ fn guest_that_completes_nothing_loses_its_frames_and_stalls_nobody() {
     let no_buffer = two.query(Oid::GEN_RCV_NO_BUFFER).unwrap();
     assert_eq!(u32::from_le_bytes(no_buffer[..4].try_into().unwrap()), u32::try_from(lost).unwrap());
     two.withhold(false).unwrap();
+    // The answer comes when all is given back.
+    two.query(Oid::GEN_LINK_SPEED).unwrap();
     while two.receive().is_some() {}
     for _ in 0..200 {
         one.send(&frame(2, 1, 77), &Transmit::default()).unwrap();

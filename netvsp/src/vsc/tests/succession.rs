@@ -13,7 +13,7 @@ use crate::protocol::packet::Lso;
 
 /// Kills the worker that delivers to it.
 #[derive(Debug)]
-struct Killer;
+pub(super) struct Killer;
 
 impl FrameSink for Killer {
     fn accepts(&self) -> Accepts {
@@ -26,7 +26,7 @@ impl FrameSink for Killer {
 }
 
 /// A guest's link to another switch, which has the same port.
-fn succeed(rig: &mut Rig, number: u8, guest: &mut Guest) {
+pub(super) fn succeed(rig: &mut Rig, number: u8, guest: &mut Guest) {
     let name = rig.port(number, |_| ()).unwrap();
     let switch = guest.vmm().reconnect().unwrap();
     rig.serve(&name, switch).unwrap();

@@ -128,9 +128,7 @@ proptest! {
     ) {
         let given: Vec<Given> = frames.into_iter().map(|(bytes, offload)| Given::new(bytes, offload)).collect();
         let want = Want { coalesce: true, ..want };
-        let (got, dropped) = translate(&given, &want);
-        let hashes: Vec<u32> = got.iter().map(|got| got.hash.unwrap()).collect();
-        prop_assert!(hashes.iter().all(|hash| (*hash as usize) < given.len()));
+        let (_, dropped) = translate(&given, &want);
         prop_assert!(dropped.len() <= given.len());
     }
 }

@@ -34,7 +34,13 @@ fn mac() -> impl Strategy<Value = Mac> {
 }
 
 fn any_mac() -> impl Strategy<Value = Mac> {
-    prop_oneof![12 => mac(), 2 => Just(BROADCAST), 1 => Just([1, 0, 0x5e, 0, 0, 1])]
+    prop_oneof![
+        24 => mac(),
+        4 => Just(BROADCAST),
+        2 => Just([1, 0, 0x5e, 0, 0, 1]),
+        // Around those that bridges do not relay.
+        2 => (0..20u8).prop_map(|last| [1, 0x80, 0xc2, 0, 0, last]),
+    ]
 }
 
 fn vlan() -> impl Strategy<Value = u16> {
@@ -170,7 +176,8 @@ impl Pair {
         let actual: Vec<_> = self
             .rig
             .fdb
-            .snapshot(self.now)
+            .snapshot(self.now, None, usize::MAX)
+            .1
             .iter()
             .map(|entry| (entry.key.vlan(), entry.key.mac(), entry.port, entry.age, entry.is_static))
             .collect();

@@ -33,7 +33,7 @@ pub mod uplink;
 mod sink;
 mod source;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io;
 use std::sync::Arc;

@@ -35,6 +35,7 @@ mod tests {
     use vmq::frame::{Burst, Checksum, FrameStore, Offload};
 
     use super::*;
+    use crate::drops::DropReason;
     use crate::ports::device::DeviceError;
     use crate::tally::Tally;
 
@@ -68,6 +69,27 @@ mod tests {
         assert_eq!(rustix::io::read(&theirs, &mut got).unwrap(), 112);
         // One buffer, nothing left to be done.
         assert_eq!((&got[..12], &got[12..112]), (&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0][..], &bytes[..]));
+    }
+
+    #[test]
+    fn socket_that_the_emulator_made_blocking_makes_nobody_wait() {
+        let (ours, theirs) = pair();
+        let kept = ours.try_clone().unwrap();
+        let (mut source, mut sink) = open("nic", ours);
+        rustix::io::ioctl_fionbio(&kept, false).unwrap();
+        let (mut store, mut tally) = (FrameStore::default(), Tally::default());
+        let mut burst = Burst::new(&mut store);
+        source.receive(&mut burst, &mut tally).unwrap();
+        assert!(burst.is_empty());
+        drop(burst);
+        let bytes = [5u8; 1500];
+        let mut burst = Burst::new(&mut store);
+        assert!(burst.push(bytes.as_slice().into(), Offload::NONE));
+        while tally.dropped(DropReason::QueueFull) == 0 {
+            sink.put(&burst, &[0], &mut tally).unwrap();
+        }
+        assert!(tally.frames > 0);
+        drop(theirs);
     }
 
     #[test]

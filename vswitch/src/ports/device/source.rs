@@ -49,6 +49,10 @@ impl DeviceSource {
         if refused > 0 {
             tally.drop_many(DropReason::BadHeader, refused);
         }
+        let lost = self.reader.take_lost();
+        if lost > 0 {
+            tally.drop_many(DropReason::DeviceOverrun, lost);
+        }
         for received in self.reader.frames() {
             if received.truncated {
                 tally.drop(DropReason::Malformed);
@@ -62,10 +66,7 @@ impl DeviceSource {
             if received.retagged {
                 skip_tag(&mut offload);
             }
-            let frame = Segment::from(received.bytes);
-            if burst.push(frame, offload) {
-                tally.moved(frame.len());
-            } else {
+            if !burst.push(Segment::from(received.bytes), offload) {
                 tally.drop(DropReason::Malformed);
             }
         }

@@ -20,7 +20,7 @@ use crate::spec::TapSpec;
 use crate::tally::Tally;
 
 /// True in a new namespace; else the test cannot run here, which it says.
-fn isolated() -> bool {
+pub(crate) fn isolated() -> bool {
     let result = os::new_network_namespace()
         .and_then(|()| std::fs::File::options().read(true).write(true).open("/dev/net/tun").map(drop));
     if let Err(error) = &result {
@@ -32,7 +32,7 @@ fn isolated() -> bool {
     true
 }
 
-fn ip(arguments: &str) {
+pub(crate) fn ip(arguments: &str) {
     let output = Command::new("ip").args(arguments.split(' ')).stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -366,6 +366,55 @@ fn full_queue_is_counted() {
     assert!(result.is_ok());
     assert!(tally.frames >= 1 && tally.dropped(DropReason::QueueFull) >= 50, "{tally:?}");
     assert_eq!(tally.frames + tally.dropped_total(), 60);
+}
+
+#[test]
+fn frames_for_which_a_full_uplink_has_no_room_are_counted() {
+    if !isolated() {
+        return;
+    }
+    for (name, tuning) in [("ring", Tuning::default()), ("plain", PLAIN)] {
+        let (_source, mut wire) = open_tap(name, 1500, tuning);
+        let (mut source, _sink) = open_uplink(name, tuning);
+        // 30 MB, of which 8 MiB or so find room.
+        let frames: Vec<_> = (0..200).map(|seed| frame(1514, seed)).collect();
+        for _ in 0..100 {
+            assert_eq!(put(&mut wire, &frames, 1514).1.frames, 200);
+        }
+        let (mut store, mut tally, mut count) = (FrameStore::default(), Tally::default(), 0);
+        until("an account of every frame", || {
+            let mut burst = Burst::new(&mut store);
+            source.receive(&mut burst, &mut tally).unwrap();
+            count += burst.len();
+            (count + usize::try_from(tally.dropped_total()).unwrap() == 20_000).then_some(())
+        });
+        assert!(tally.dropped(DropReason::DeviceOverrun) > 0, "{name}");
+    }
+}
+
+#[test]
+fn inherited_tap_that_was_made_blocking_makes_nobody_wait() {
+    if !isolated() {
+        return;
+    }
+    use std::os::fd::AsRawFd;
+    let inherited = os::tap::open("given", os::tap::Flags::default()).unwrap();
+    let spec = TapSpec::Fds(vec![inherited.as_raw_fd()]);
+    let (mut source, mut sink) = tap::open(&spec, &tap::Options::new(1500)).unwrap().remove(0);
+    quiet("given");
+    rustix::io::ioctl_fionbio(&inherited, false).unwrap();
+    // One frame, then none.
+    let mut host = raw("given");
+    host.write_all(&frame(60, 1)).unwrap();
+    compare(&receive(&mut source, 1), &[frame(60, 1)], "received");
+    let (mut store, mut tally) = (FrameStore::default(), Tally::default());
+    for _ in 0..3 {
+        let mut burst = Burst::new(&mut store);
+        source.receive(&mut burst, &mut tally).unwrap();
+        assert!(burst.is_empty());
+    }
+    assert_eq!(put(&mut sink, &[frame(60, 2)], 60).1.frames, 1);
+    assert_eq!(read_raw(&mut host), frame(60, 2));
 }
 
 #[test]

@@ -53,7 +53,7 @@ impl FileSink {
         Ok(sink)
     }
 
-    pub(super) fn begin(
+    pub(crate) fn begin(
         file: impl Write + Send + 'static,
         path: &Path,
         port: &str,

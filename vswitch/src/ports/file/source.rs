@@ -111,7 +111,7 @@ impl FileSource {
         }
     }
 
-    /// Puts the frames that are due at `now` into `burst`, and counts them in `tally`.
+    /// Puts the frames that are due at `now` into `burst`, and counts those in `tally` that it drops.
     ///
     /// At recorded pace the first frame is due at once and each other as long after it as it was captured after it; a
     /// frame captured *before* the one in front of it is due together with that. A caller that is late gets the frames
@@ -148,9 +148,7 @@ impl FileSource {
         for len in lens {
             let Some((frame, behind)) = rest.split_at_checked(len) else { break };
             rest = behind;
-            if burst.push(frame.into(), Offload::default()) {
-                tally.moved(u32::try_from(len).unwrap_or(u32::MAX));
-            } else {
+            if !burst.push(frame.into(), Offload::default()) {
                 tally.drop(DropReason::Malformed);
             }
         }

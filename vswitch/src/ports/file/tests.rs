@@ -43,8 +43,6 @@ fn receive(source: &mut FileSource, now: u64) -> (Result<Progress, FileError>, V
     let mut tally = Tally::default();
     let progress = source.receive(now, &mut burst, &mut tally);
     let frames: Vec<_> = burst.frames().iter().map(|frame| bytes(&burst, frame)).collect();
-    assert_eq!(tally.frames, frames.len() as u64);
-    assert_eq!(tally.bytes, frames.iter().map(|frame| frame.len() as u64).sum::<u64>());
     (progress, frames, tally.dropped(DropReason::Malformed))
 }
 

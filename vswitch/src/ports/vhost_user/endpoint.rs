@@ -9,8 +9,9 @@ use rustix::fs::{FileType, Mode, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::closer::Closer;
 use super::server::{PortEndpoint, PortEvent};
-use super::session::Session;
+use super::session::{Session, SessionConfig};
 use super::socket::{Connection, Received, SocketError};
 use crate::spec::SocketMode;
 
@@ -19,6 +20,9 @@ const RETRY: Duration = Duration::from_millis(250);
 
 /// Messages taken from one peer before the others have their turn.
 const TURN: usize = 32;
+
+/// What a port waits for that accepts nobody.
+const BEHIND: &str = "what its last clients sent to be let go of";
 
 /// What an epoll event of a port refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,24 +60,28 @@ pub(super) struct Endpoint {
     link: Link,
     /// What the port last said about its waiting, so as not to repeat it at each attempt.
     said: Option<String>,
+    closer: Closer,
+    /// Nobody is accepted until then: the closer is behind.
+    held: Option<Instant>,
 }
 
 impl Endpoint {
     pub(super) fn new(port: PortEndpoint) -> Self {
-        Self { port, link: Link::Down { retry: Instant::now() }, said: None }
+        let link = Link::Down { retry: Instant::now() };
+        Self { port, link, said: None, closer: Closer::threaded(), held: None }
     }
 
     /// When [`Endpoint::attempt`] is due.
     pub(super) fn due(&self) -> Option<Instant> {
         match self.link {
             Link::Down { retry } => Some(retry),
-            _ => None,
+            _ => self.held,
         }
     }
 
-    /// Tries to listen, or to connect.
+    /// Tries to listen, to connect, or to accept again.
     pub(super) fn attempt(&mut self, now: Instant, watch: &Watch<'_>) {
-        let Link::Down { retry } = &mut self.link else { return };
+        let Link::Down { retry } = &mut self.link else { return self.accept_again(now, watch) };
         *retry = now + RETRY;
         let path = self.port.path.clone();
         match self.port.mode {
@@ -87,6 +95,7 @@ impl Endpoint {
                 }
                 Err(error) => self.wait(format!("cannot listen on {}: {error}", path.display())),
             },
+            SocketMode::Client if self.closer.is_behind() => self.wait(BEHIND.into()),
             SocketMode::Client => match connect(&path) {
                 Ok(socket) => self.connected(socket, None, watch),
                 Err(error) => self.wait(format!("cannot connect to {}: {error}", path.display())),
@@ -106,17 +115,27 @@ impl Endpoint {
         }
     }
 
+    /// What the next client is offered.
+    pub(super) fn configure(&mut self, config: SessionConfig) {
+        self.port.config = config;
+    }
+
     /// Cuts the connection; nobody gets a new one until [`Endpoint::restart`].
-    pub(super) fn fault(&mut self) {
-        drop(self.hang_up(Some("the switch stopped the port".into())));
+    pub(super) fn fault(&mut self, watch: &Watch<'_>) {
+        drop(self.hang_up(Some("the switch stopped the port".into()), watch));
         self.link = Link::Faulted;
     }
 
     /// Cuts the connection, if there is one, and starts anew.
-    pub(super) fn restart(&mut self, now: Instant) {
-        drop(self.hang_up(None));
-        self.said = None;
+    pub(super) fn restart(&mut self, now: Instant, watch: &Watch<'_>) {
+        self.end(watch);
+        (self.said, self.held) = (None, None);
         self.link = Link::Down { retry: now };
+    }
+
+    /// Cuts the connection, if there is one, and listens no more.
+    pub(super) fn end(&mut self, watch: &Watch<'_>) {
+        drop(self.hang_up(None, watch));
     }
 
     fn wait(&mut self, reason: String) {
@@ -126,15 +145,43 @@ impl Endpoint {
         }
     }
 
+    fn listener(&self) -> Option<&Listener> {
+        match &self.link {
+            Link::Listening(listener) => Some(listener),
+            Link::Connected(peer) => peer.listener.as_ref(),
+            Link::Down { .. } | Link::Faulted => None,
+        }
+    }
+
+    /// Accepts nobody for a while: each would leave something that has to be let go of.
+    fn hold(&mut self, now: Instant, watch: &Watch<'_>) {
+        self.held = Some(now + RETRY);
+        if let Some(listener) = self.listener() {
+            let _ = watch.modify(listener.socket.as_fd(), Source::Listener, EventFlags::empty());
+        }
+        if let Link::Listening(_) = self.link {
+            self.wait(BEHIND.into());
+        }
+    }
+
+    fn accept_again(&mut self, now: Instant, watch: &Watch<'_>) {
+        if self.closer.is_behind() {
+            return self.hold(now, watch);
+        }
+        self.held = None;
+        if let Some(listener) = self.listener() {
+            let _ = watch.modify(listener.socket.as_fd(), Source::Listener, EventFlags::IN);
+        }
+        if let Link::Listening(_) = self.link {
+            self.wait(format!("listening on {}", self.port.path.display()));
+        }
+    }
+
     fn accept(&mut self, watch: &Watch<'_>) {
-        let listener = match &mut self.link {
-            Link::Listening(listener) => listener,
-            Link::Connected(peer) => match &mut peer.listener {
-                Some(listener) => listener,
-                None => return,
-            },
-            Link::Down { .. } | Link::Faulted => return,
-        };
+        if self.closer.is_behind() {
+            return self.hold(Instant::now(), watch);
+        }
+        let Some(listener) = self.listener() else { return };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = match rustix::net::accept_with(&listener.socket, flags) {
             Ok(socket) => socket,
@@ -144,8 +191,11 @@ impl Endpoint {
         };
         match std::mem::replace(&mut self.link, Link::Faulted) {
             Link::Listening(listener) => self.connected(socket, Some(listener), watch),
-            // Dropping the socket refuses a second client.
-            other => self.link = other,
+            // A second client is refused.
+            other => {
+                self.link = other;
+                self.closer.dispose(socket);
+            }
         }
     }
 
@@ -159,7 +209,8 @@ impl Endpoint {
     }
 
     fn connected(&mut self, socket: OwnedFd, listener: Option<Listener>, watch: &Watch<'_>) {
-        let session = Session::new(self.port.config.clone(), self.port.share.clone());
+        let mut session = Session::new(self.port.config.clone(), self.port.share.clone());
+        session.close_with(self.closer.clone());
         let connection = Connection::new(socket).and_then(|connection| {
             watch.add(connection.as_fd(), Source::Connection)?;
             Ok(connection)
@@ -180,15 +231,18 @@ impl Endpoint {
     fn serve(&mut self, watch: &Watch<'_>) {
         let Link::Connected(peer) = &mut self.link else { return };
         match peer.serve(&mut *self.port.rings, watch) {
-            Ok(true) => {}
-            Ok(false) => self.disconnect(None),
-            Err(reason) => self.disconnect(Some(reason)),
+            Ok(true) => match peer.session.waits_for() {
+                Some(what) => self.wait(what),
+                None => self.said = None,
+            },
+            Ok(false) => self.disconnect(None, watch),
+            Err(reason) => self.disconnect(Some(reason), watch),
         }
     }
 
     /// Ends the connection and waits for another.
-    fn disconnect(&mut self, reason: Option<String>) {
-        match self.hang_up(reason) {
+    fn disconnect(&mut self, reason: Option<String>, watch: &Watch<'_>) {
+        match self.hang_up(reason, watch) {
             Some(listener) => {
                 self.link = Link::Listening(listener);
                 self.wait(format!("listening on {}", self.port.path.display()));
@@ -197,25 +251,20 @@ impl Endpoint {
         }
     }
 
-    /// Takes all rings back, then drops connection and mappings. The listener is left.
-    fn hang_up(&mut self, reason: Option<String>) -> Option<Listener> {
+    /// Takes all rings back, then lets go of connection and mappings. The listener is left.
+    fn hang_up(&mut self, reason: Option<String>, watch: &Watch<'_>) -> Option<Listener> {
         match std::mem::replace(&mut self.link, Link::Faulted) {
-            Link::Connected(mut peer) => {
-                peer.session.close(&mut *self.port.rings);
-                let listener = peer.listener.take();
-                drop(peer);
+            Link::Connected(peer) => {
+                let Peer { connection, mut session, listener, .. } = *peer;
+                session.close(&mut *self.port.rings);
+                watch.remove(connection.as_fd());
+                self.closer.dispose((connection, session));
                 (self.port.events)(PortEvent::Disconnected(reason));
                 listener
             }
             Link::Listening(listener) => Some(listener),
             Link::Down { .. } | Link::Faulted => None,
         }
-    }
-}
-
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        drop(self.hang_up(None));
     }
 }
 
@@ -269,6 +318,11 @@ impl Watch<'_> {
 
     fn add(&self, fd: BorrowedFd<'_>, source: Source) -> Result<(), Errno> {
         epoll::add(self.epoll, fd, self.data(source), EventFlags::IN)
+    }
+
+    /// What is closed elsewhere later must not be announced any more.
+    fn remove(&self, fd: BorrowedFd<'_>) {
+        let _ = epoll::delete(self.epoll, fd);
     }
 
     fn modify(&self, fd: BorrowedFd<'_>, source: Source, flags: EventFlags) -> Result<(), Errno> {

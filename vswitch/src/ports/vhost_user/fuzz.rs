@@ -46,7 +46,7 @@ impl Port {
                 burst.push((&[7; 64][..]).into(), vmq::frame::Offload::default());
                 let _ = ring.put(&burst, &[0], &mut tally);
             }
-            ring.complete();
+            let _ = ring.complete();
         }
     }
 }

@@ -209,6 +209,12 @@ impl MemoryTable {
         Ok(Arc::new(Mapping::from_peer_in(self.share.as_ref(), fd.as_fd(), 0, extent.len)?))
     }
 
+    /// Bytes of regions of `before` whose file is mapped no longer.
+    pub fn bytes_gone(&self, before: &GuestMemory) -> u64 {
+        let kept = |mapping| self.slots.iter().any(|slot| Arc::ptr_eq(&slot.file.mapping, mapping));
+        before.regions().iter().filter(|region| !kept(region.mapping())).map(|region| region.len).sum()
+    }
+
     fn install(&mut self, slots: Vec<Slot>, log: Option<DirtyLog>) -> Result<(), TableError> {
         let regions = slots
             .iter()
@@ -251,6 +257,10 @@ impl<'f> Extent<'f> {
         let overflow = TableError::Overflow { offset, size };
         let end = offset.checked_add(size).and_then(|end| usize::try_from(end).ok());
         let Some(len) = end else { return Err(overflow) };
+        // Who has a file elsewhere could let us wait for its length.
+        if rustix::fs::fcntl_get_seals(fd).is_err() {
+            return Err(MappingError::NotInMemory.into());
+        }
         let stat = fstat(fd).map_err(TableError::Examine)?;
         let is_whole = usize::try_from(stat.st_size).is_ok_and(|size| size >= len);
         Ok(Self { id: FileId { device: stat.st_dev, inode: stat.st_ino }, fd, len, is_whole })

@@ -4,6 +4,7 @@
 //! [`socket`] reads to a sans-io [`session::Session`], which hands rings to the port through [`session::Rings`]; from
 //! there on they are the workers' ([`queue`]). [`frontend`] is the other end, for tests and load generators.
 
+mod closer;
 mod endpoint;
 pub mod features;
 pub mod frontend;

@@ -11,7 +11,7 @@ use arrayvec::ArrayVec;
 use vmq::doorbell::Doorbell;
 use vmq::frame::{Accepts, BURST_FRAMES, Burst, FRAME_SEGMENTS, Frame, HEAD_BYTES, MAX_FRAME, Offload};
 use vmq::memory::{GuestMemory, Next, Room, Segment};
-use vmq::ring::{Chain, Mark, Ring, RingFault, Virtqueue};
+use vmq::ring::{Chain, Descriptor, Mark, Ring, RingFault, Virtqueue};
 use vmq::with_ring;
 
 use crate::drops::DropReason;
@@ -83,17 +83,23 @@ impl ActiveRing {
         if self.memory.lost() {
             return Err(RingFault::MemoryLost);
         }
-        put.map(|()| self.complete())
+        put.and_then(|()| self.complete())
     }
 
     /// Shows the guest what is done with. True if it was interrupted.
+    ///
+    /// # Errors
+    /// The guest cannot be interrupted without waiting for it.
     #[inline]
-    pub fn complete(&mut self) -> bool {
+    pub fn complete(&mut self) -> Result<bool, RingFault> {
         let wanted = with_ring!(&mut self.ring, ring => ring.publish());
         if wanted && let Some(call) = &self.call {
             call.ring();
+            if call.is_broken() {
+                return Err(RingFault::DoorbellBlocks);
+            }
         }
-        wanted
+        Ok(wanted)
     }
 
     /// True if the memory behind the ring turned out to be gone.
@@ -114,7 +120,7 @@ impl ActiveRing {
         if self.memory.lost() {
             return Err(RingFault::MemoryLost);
         }
-        discarded.map(|()| self.complete())
+        discarded.and_then(|()| self.complete())
     }
 
     /// Asks for doorbells; true if there is work already.
@@ -157,7 +163,7 @@ fn receive<'m, R: Virtqueue>(
 ) -> Result<(), RingFault> {
     ring.refresh()?;
     let mut taken = ArrayVec::<(Chain, Segment<'m>), BURST_FRAMES>::new();
-    let mut wanted = burst.room();
+    let (mut wanted, mut segments) = (burst.room(), burst.segment_room());
     ring.prefetch_used(wanted);
     let mut done = 0;
     loop {
@@ -171,8 +177,15 @@ fn receive<'m, R: Virtqueue>(
             }
             let whole =
                 chain.is_single().then(|| memory.segment(chain.first.addr, chain.first.len)).flatten();
-            // What is not in one piece is looked at when its turn comes; an empty segment marks it.
-            let segment = whole.unwrap_or(Segment::from(&[][..]));
+            let segment = whole.unwrap_or_else(|| {
+                segments = segments.saturating_sub(most_segments(ring, &chain, memory));
+                if segments < FRAME_SEGMENTS + BURST_FRAMES {
+                    // The next one might find no room. Those in one piece take a segment each and are not counted.
+                    wanted = 1;
+                }
+                // What is not in one piece is looked at when its turn comes; an empty segment marks it.
+                Segment::from(&[][..])
+            });
             segment.prefetch(NEAR);
             ring.push_used(&chain, 0);
             taken.push((chain, segment));
@@ -188,6 +201,14 @@ fn receive<'m, R: Virtqueue>(
             _ => receive_pieces(ring, chain, memory, features, burst, tally)?,
         }
     }
+}
+
+/// Tail segments that the frame in `chain` may take.
+#[cold]
+fn most_segments<R: Virtqueue>(ring: &R, chain: &Chain, memory: &GuestMemory) -> usize {
+    let descriptors = ring.descriptors(chain);
+    let in_one_piece = |descriptor: &Descriptor| memory.segment(descriptor.addr, descriptor.len).is_some();
+    if descriptors.iter().all(in_one_piece) { descriptors.len().min(FRAME_SEGMENTS) } else { FRAME_SEGMENTS }
 }
 
 fn discard<R: Virtqueue>(
@@ -215,9 +236,7 @@ fn receive_whole<'m>(
     tally: &mut Tally,
 ) {
     // Spelled out for the usual frame, so that its constant metadata is stored as constants.
-    if header.is_plain() && burst.push(frame, Offload::NONE) {
-        tally.moved(frame.len());
-    } else {
+    if !header.is_plain() || !burst.push(frame, Offload::NONE) {
         receive_with_offload(header, frame, features, burst, tally);
     }
 }
@@ -231,7 +250,7 @@ fn receive_with_offload<'m>(
     tally: &mut Tally,
 ) {
     match vnet::parse(header, features.offered) {
-        Ok(offload) if burst.push(frame, offload) => tally.moved(frame.len()),
+        Ok(offload) if burst.push(frame, offload) => {}
         Ok(_) => tally.drop(DropReason::Malformed),
         Err(_) => tally.drop(DropReason::BadHeader),
     }
@@ -278,9 +297,7 @@ fn receive_pieces<'m, R: Virtqueue>(
     short.copy_from_slice(&header[..vnet::SHORT]);
     match vnet::parse(Words::from_bytes(short), features.offered) {
         Err(_) => tally.drop(DropReason::BadHeader),
-        Ok(offload) if fits && burst.push_pieces(pieces.iter().copied(), offload) => {
-            tally.moved(burst.frames().last().map_or(0, |frame| frame.len));
-        }
+        Ok(offload) if fits && burst.push_pieces(pieces.iter().copied(), offload) => {}
         Ok(_) => tally.drop(DropReason::Malformed),
     }
     Ok(())

@@ -31,7 +31,7 @@ const COMMANDS: u64 = 0;
 /// What happens to a port's connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PortEvent {
-    /// Nobody is connected; why, or where the port waits.
+    /// Nobody is connected; why, or where the port waits. Or rings of a client wait for their memory.
     Waiting(String),
     /// A peer is there.
     Connected,
@@ -71,11 +71,17 @@ impl std::fmt::Debug for PortEndpoint {
 pub struct EndpointId(u64);
 
 enum Command {
-    Add(u64, PortEndpoint),
-    Remove(u64, std::sync::mpsc::SyncSender<()>),
-    Restart(u64),
-    Fault(u64),
+    Port(u64, Order),
     Stop,
+}
+
+/// What is to happen to a port.
+enum Order {
+    Add(PortEndpoint),
+    Remove(std::sync::mpsc::SyncSender<()>),
+    Configure(SessionConfig),
+    Restart,
+    Fault,
 }
 
 struct Shared {
@@ -120,7 +126,7 @@ impl Control {
     /// Serves one more port.
     pub fn add(&self, port: PortEndpoint) -> EndpointId {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.shared.command(Command::Add(id, port));
+        self.shared.command(Command::Port(id, Order::Add(port)));
         EndpointId(id)
     }
 
@@ -128,19 +134,24 @@ impl Control {
     /// a port's own callbacks.
     pub fn remove_and_wait(&self, id: EndpointId) {
         let (done, wait) = std::sync::mpsc::sync_channel(1);
-        self.shared.command(Command::Remove(id.0, done));
+        self.shared.command(Command::Port(id.0, Order::Remove(done)));
         let _ = wait.recv();
+    }
+
+    /// Changes what the port offers to the next client.
+    pub fn configure(&self, id: EndpointId, config: SessionConfig) {
+        self.shared.command(Command::Port(id.0, Order::Configure(config)));
     }
 
     /// Cuts the port's connection and waits for a new one, also after a fault.
     pub fn restart(&self, id: EndpointId) {
-        self.shared.command(Command::Restart(id.0));
+        self.shared.command(Command::Port(id.0, Order::Restart));
     }
 
     /// The data path found the port's rings unusable: cuts the connection, and makes no new one until
     /// [`Control::restart`]. Does not wait, so a worker may call it.
     pub fn fault(&self, id: EndpointId) {
-        self.shared.command(Command::Fault(id.0));
+        self.shared.command(Command::Port(id.0, Order::Fault));
     }
 }
 
@@ -164,6 +175,13 @@ struct Thread {
 
 impl Thread {
     fn run(mut self) {
+        self.serve();
+        for (&id, port) in &mut self.ports {
+            port.end(&Watch { epoll: &self.epoll, id });
+        }
+    }
+
+    fn serve(&mut self) {
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
         loop {
             let timeout = self.attempt_due();
@@ -209,25 +227,19 @@ impl Thread {
     /// Does what was commanded; false to stop.
     fn obey(&mut self) -> bool {
         while let Some(command) = self.shared.commands.pop() {
-            match command {
-                Command::Add(id, port) => {
-                    self.ports.insert(id, Endpoint::new(port));
-                }
-                Command::Remove(id, done) => {
+            let Command::Port(id, order) = command else { return false };
+            let watch = Watch { epoll: &self.epoll, id };
+            match (order, self.ports.get_mut(&id)) {
+                (Order::Add(port), _) => drop(self.ports.insert(id, Endpoint::new(port))),
+                (Order::Remove(done), Some(port)) => {
+                    port.end(&watch);
                     self.ports.remove(&id);
                     drop(done);
                 }
-                Command::Restart(id) => {
-                    if let Some(port) = self.ports.get_mut(&id) {
-                        port.restart(Instant::now());
-                    }
-                }
-                Command::Fault(id) => {
-                    if let Some(port) = self.ports.get_mut(&id) {
-                        port.fault();
-                    }
-                }
-                Command::Stop => return false,
+                (Order::Configure(config), Some(port)) => port.configure(config),
+                (Order::Restart, Some(port)) => port.restart(Instant::now(), &watch),
+                (Order::Fault, Some(port)) => port.fault(&watch),
+                (_, None) => {}
             }
         }
         true

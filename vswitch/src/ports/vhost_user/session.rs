@@ -12,7 +12,7 @@ mod error;
 mod rings;
 mod vring;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vmq::Mac;
@@ -21,8 +21,9 @@ use vmq::memory::{DirtyLog, Share};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U64;
 
+use super::closer::Closer;
 use super::features::{Features, Negotiated, Protocol};
-use super::memory_table::{MAX_SLOTS, MemoryTable};
+use super::memory_table::{MAX_SLOTS, MemoryTable, TableError};
 use super::message::{
     ConfigArea, Incoming, InflightArea, Kind, LogArea, MAX_CONFIG, MessageError, Reply, Request,
 };
@@ -32,6 +33,9 @@ use vring::{InflightRecord, State, Vring};
 
 pub use error::SessionError;
 pub use vring::{DoorbellError, InflightError, SetupError};
+
+/// Bytes of guest memory that are unmapped in 3 ms.
+const LARGE: u64 = 64 << 20;
 
 /// What a port offers its front-end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +84,11 @@ pub trait Rings {
     /// The guest chose its features. Rings that are installed later have them.
     fn negotiated(&mut self, negotiated: &Negotiated);
 
+    /// The front-end is not to be served any more, nor is its successor, until the operator says so.
+    fn fault(&mut self, reason: String) {
+        let _ = reason;
+    }
+
     /// The front-end asks to tell the network where `mac` is now, after a migration.
     fn announce(&mut self, mac: Mac) {
         let _ = mac;
@@ -99,6 +108,7 @@ pub struct Session {
     inflight: Option<InflightRecord>,
     vrings: Vec<Vring>,
     status: u8,
+    closer: Closer,
 }
 
 type Outcome = Result<Option<Reply>, SessionError>;
@@ -119,7 +129,13 @@ impl Session {
             inflight: None,
             vrings,
             status: 0,
+            closer: Closer::in_place(),
         }
+    }
+
+    /// Has `closer` let go of what the client sent.
+    pub(super) fn close_with(&mut self, closer: Closer) {
+        self.closer = closer;
     }
 
     /// What was agreed on so far.
@@ -138,10 +154,15 @@ impl Session {
     /// # Errors
     /// The session is over: [`Session::close`] it and cut the connection.
     pub fn handle(&mut self, message: Incoming, rings: &mut dyn Rings) -> Outcome {
-        let number = message.header.request.get();
-        let acknowledge =
-            message.header.needs_reply() && self.negotiated.protocol.contains(Protocol::REPLY_ACK);
-        match self.dispatch(message, rings) {
+        let Incoming { header, payload, mut fds } = message;
+        let number = header.request.get();
+        let acknowledge = header.needs_reply() && self.negotiated.protocol.contains(Protocol::REPLY_ACK);
+        let outcome = self.dispatch(number, &payload, &mut fds, rings);
+        // Memory that was refused may be its file's last reference. What was taken is mapped, and costs nothing to close.
+        if outcome.is_err() && !fds.is_empty() {
+            self.closer.dispose_if_idle(fds);
+        }
+        match outcome {
             Ok(None) if acknowledge => Ok(Some(Reply::number(number, 0))),
             Err(error) if acknowledge && error.is_refusal() => {
                 tracing::debug!("vhost-user request refused: {}", error.report());
@@ -151,23 +172,26 @@ impl Session {
         }
     }
 
-    /// Ends the session: the port gives all rings back.
+    /// Ends the session: the port gives all rings back. The guest's memory goes when the session is dropped.
     pub fn close(&mut self, rings: &mut dyn Rings) {
         for index in 0..self.vrings.len() {
             let _ = self.stop(index, rings);
         }
         self.vrings.clear();
-        self.table = MemoryTable::default();
     }
 
-    fn dispatch(&mut self, message: Incoming, rings: &mut dyn Rings) -> Outcome {
-        let Incoming { header, payload, fds } = message;
-        let number = header.request.get();
+    fn dispatch(
+        &mut self,
+        number: u32,
+        payload: &[u8],
+        fds: &mut Vec<OwnedFd>,
+        rings: &mut dyn Rings,
+    ) -> Outcome {
         let kind = Kind::from_number(number).ok_or(MessageError::Unknown(number))?;
         if !kind.fds().contains(&fds.len()) {
             return Err(MessageError::Descriptors { kind, count: fds.len() }.into());
         }
-        let request = Request::parse(kind, &payload)?;
+        let request = Request::parse(kind, payload)?;
         if !self.negotiated.protocol.contains(required(kind)) {
             return Err(SessionError::NotNegotiated(kind));
         }
@@ -185,7 +209,7 @@ impl Session {
                 self.vring(request, fds, rings)?;
                 None
             }
-            _ => self.device(request, &fds, rings)?,
+            _ => self.device(request, fds, rings)?,
         };
         self.start_complete(rings)?;
         Ok(reply)
@@ -214,18 +238,12 @@ impl Session {
             Request::SetProtocolFeatures(bits) => self.set_protocol(Protocol::from_bits_retain(bits))?,
             Request::ResetOwner => self.enable_all(false, rings),
             Request::ResetDevice => self.reset(rings)?,
-            Request::SetMemTable(regions) => {
-                self.table.replace(&regions, fds)?;
-                self.rebuild(rings)?;
-            }
+            Request::SetMemTable(regions) => self.remap(rings, |table| table.replace(&regions, fds))?,
             Request::AddMemReg(region) => {
-                self.table.add(&region, one(kind, fds)?)?;
-                self.rebuild(rings)?;
+                let fd = one(kind, fds)?;
+                self.remap(rings, |table| table.add(&region, fd))?;
             }
-            Request::RemMemReg(region) => {
-                self.table.remove(&region)?;
-                self.rebuild(rings)?;
-            }
+            Request::RemMemReg(region) => self.remap(rings, |table| table.remove(&region))?,
             Request::SetLogBase(area) => {
                 self.set_log(&area, one(kind, fds)?, rings)?;
                 return Ok(Some(Reply::number(kind as u32, 0)));
@@ -236,17 +254,37 @@ impl Session {
             }
             Request::NetSetMtu(asked) => {
                 let limit = self.config.mtu;
-                if asked < u64::from(PortSpec::MIN_MTU) || asked > u64::from(limit) {
+                if asked < u64::from(*PortSpec::MTU_RANGE.start()) || asked > u64::from(limit) {
                     return Err(SessionError::Mtu { asked, limit });
                 }
             }
             Request::SendRarp(mac) => rings.announce(mac),
             Request::SetStatus(status) => self.set_status(status, rings)?,
-            // Nothing depends on them: the owner is whoever is connected, and nobody waits for the log's eventfd.
-            Request::SetOwner | Request::SetLogFd => {}
+            // Nothing depends on it: the owner is whoever is connected.
+            Request::SetOwner => {}
+            // Nobody waits for it.
+            Request::SetLogFd => fds
+                .iter()
+                .try_for_each(|fd| Doorbell::check(fd.as_fd()))
+                .map_err(SessionError::LogDoorbell)?,
             _ => return Err(SessionError::Unsupported(kind)),
         }
         Ok(None)
+    }
+
+    /// Changes the guest's memory under its rings.
+    fn remap(
+        &mut self,
+        rings: &mut dyn Rings,
+        change: impl FnOnce(&mut MemoryTable) -> Result<(), TableError>,
+    ) -> Result<(), SessionError> {
+        let before = Arc::clone(self.table.memory());
+        change(&mut self.table)?;
+        let rebuilt = self.rebuild(rings);
+        if self.table.bytes_gone(&before) >= LARGE {
+            self.closer.dispose_if_idle(before);
+        }
+        rebuilt
     }
 
     fn set_features(&mut self, features: Features, rings: &mut dyn Rings) -> Result<(), SessionError> {

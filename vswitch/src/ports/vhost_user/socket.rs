@@ -13,9 +13,13 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use vmq::doorbell::Doorbell;
 use zerocopy::IntoBytes;
 
 use super::message::{Header, Incoming, MAX_FDS, MessageError, Reply};
+
+/// Descriptors that Linux lets go with one message (`include/net/scm.h`).
+const SCM_MAX_FD: usize = 253;
 
 /// Why a connection cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +33,9 @@ pub enum SocketError {
     /// More descriptors than any message carries, or more than this process can hold.
     #[error("more than {MAX_FDS} descriptors with one message")]
     Descriptors,
+    /// Neither memory nor an eventfd. Who closes it may have to wait, so it goes no further.
+    #[error("a descriptor that came is {0}, which is not in memory and not an eventfd")]
+    Foreign(String),
     /// The peer left before its message was complete.
     #[error("connection closed in the middle of a message")]
     Cut,
@@ -97,7 +104,7 @@ impl Connection {
         }
         while self.header_read < Header::LEN {
             let Some(rest) = self.header.as_mut_bytes().get_mut(self.header_read..) else { break };
-            match fill(self.socket.as_fd(), rest, &mut self.fds)? {
+            match take(self.socket.as_fd(), rest, &mut self.fds)? {
                 Some(0) if self.header_read == 0 => return Ok(Received::Closed),
                 Some(0) => return Err(SocketError::Cut),
                 Some(count) => self.header_read += count,
@@ -109,7 +116,7 @@ impl Connection {
             }
         }
         while self.payload_read < self.payload.len() {
-            match fill(self.socket.as_fd(), &mut self.payload[self.payload_read..], &mut self.fds)? {
+            match take(self.socket.as_fd(), &mut self.payload[self.payload_read..], &mut self.fds)? {
                 Some(0) => return Err(SocketError::Cut),
                 Some(count) => self.payload_read += count,
                 None => return Ok(Received::Pending),
@@ -175,13 +182,33 @@ pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
     sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
 }
 
+/// As [`fill`], of a peer that may send any descriptor.
+fn take(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> Result<Option<usize>, SocketError> {
+    let known = fds.len();
+    let count = fill(socket, bytes, fds)?;
+    for fd in fds.get(known..).unwrap_or_default() {
+        // Neither question asks the file's server, if it has one. Only files in memory know seals.
+        if rustix::fs::fcntl_get_seals(fd).is_err()
+            && let Err(error) = Doorbell::check(fd.as_fd())
+        {
+            return Err(SocketError::Foreign(error.kind().to_owned()));
+        }
+    }
+    Ok(count)
+}
+
 /// Reads some bytes and the descriptors that come with them. `None` if there are none now, 0 at the end.
 pub(super) fn fill(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> Result<Option<usize>, SocketError> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    // Room for all that may come: the kernel closes what does not fit, and waits for that.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
         match recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
@@ -196,7 +223,7 @@ pub(super) fn fill(
             fds.extend(more);
         }
     }
-    // The kernel has closed what did not fit.
+    // Cut short if this process could hold no more.
     if fds.len() > MAX_FDS || received.flags.contains(ReturnFlags::CTRUNC) {
         return Err(SocketError::Descriptors);
     }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use vmq::doorbell::NotADoorbell;
 use vmq::memory::MappingError;
 
 use super::vring::{DoorbellError, InflightError, SetupError};
@@ -59,6 +60,9 @@ pub enum SessionError {
         #[source]
         source: DoorbellError,
     },
+    /// The dirty log's doorbell is none.
+    #[error("doorbell of the dirty log")]
+    LogDoorbell(#[source] NotADoorbell),
     /// The memory table makes no sense.
     #[error("guest memory")]
     Memory(#[from] TableError),
@@ -107,7 +111,7 @@ impl SessionError {
                 | Self::NotNegotiated(_)
                 | Self::Mtu { .. }
                 | Self::Message(MessageError::Unknown(_))
-                | Self::Memory(TableError::Mapping(MappingError::TooMany(_)))
+                | Self::Memory(TableError::Mapping(MappingError::TooMany(_) | MappingError::TooMuch(_)))
         )
     }
 }

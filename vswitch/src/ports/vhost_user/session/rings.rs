@@ -3,14 +3,28 @@
 use std::os::fd::OwnedFd;
 
 use vmq::doorbell::Doorbell;
+use vmq::ring::LayoutError;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
-use super::vring::{Context, Draft, Kick, PACKED_START, Setup, State, doorbell, ring_addresses};
-use super::{Rings, Session, SessionError};
+use super::vring::{
+    Context, DoorbellError, Draft, Kick, PACKED_START, State, Vring, doorbell, ring_addresses,
+};
+use super::{Rings, Session, SessionError, SetupError};
 use crate::ports::vhost_user::features::Features;
 use crate::ports::vhost_user::message::{Kind, Reply, Request, VringAddress, VringFd, VringState};
 use crate::ports::vhost_user::queue::ActiveRing;
+
+/// Interrupts the guest. Who makes that wait would do so again, with other descriptors and on other connections.
+fn interrupt(index: usize, call: &Doorbell, rings: &mut dyn Rings) -> Result<(), SessionError> {
+    call.ring();
+    if !call.is_broken() {
+        return Ok(());
+    }
+    let error = SessionError::Doorbell { index, source: DoorbellError::Blocks };
+    rings.fault(error.report());
+    Err(error)
+}
 
 impl Session {
     pub(super) fn index(&self, index: u32) -> Result<usize, SessionError> {
@@ -29,7 +43,7 @@ impl Session {
     pub(super) fn vring(
         &mut self,
         request: Request,
-        fds: Vec<OwnedFd>,
+        fds: &mut Vec<OwnedFd>,
         rings: &mut dyn Rings,
     ) -> Result<(), SessionError> {
         let kind = request.kind();
@@ -82,7 +96,7 @@ impl Session {
             // Only the log flag changes under way, but that is the front-end's affair.
             State::Started(setup) => {
                 setup.addresses = addresses;
-                self.rebuild_one(index, rings)?;
+                self.rebuild_one(index, false, rings)?;
             }
         }
         Ok(())
@@ -91,7 +105,7 @@ impl Session {
     fn set_kick(
         &mut self,
         fd: VringFd,
-        fds: Vec<OwnedFd>,
+        fds: &mut Vec<OwnedFd>,
         rings: &mut dyn Rings,
     ) -> Result<(), SessionError> {
         let index = self.index(fd.index.into())?;
@@ -101,7 +115,7 @@ impl Session {
             State::Stopped(draft) => draft.kick = Some(kick),
             State::Started(setup) => {
                 setup.kick = kick;
-                self.rebuild_one(index, rings)?;
+                self.rebuild_one(index, false, rings)?;
             }
         }
         Ok(())
@@ -110,7 +124,7 @@ impl Session {
     fn set_call(
         &mut self,
         fd: VringFd,
-        fds: Vec<OwnedFd>,
+        fds: &mut Vec<OwnedFd>,
         rings: &mut dyn Rings,
     ) -> Result<(), SessionError> {
         let index = self.index(fd.index.into())?;
@@ -123,10 +137,7 @@ impl Session {
         // The port may have rung the old one just before the swap; the new one must not miss that.
         let again = call.as_ref().and_then(|call| call.try_clone().ok());
         rings.set_call(index, call);
-        if let Some(call) = again {
-            call.ring();
-        }
-        Ok(())
+        again.map_or(Ok(()), |call| interrupt(index, &call, rings))
     }
 
     fn enable(&mut self, index: usize, on: bool, rings: &mut dyn Rings) {
@@ -159,7 +170,7 @@ impl Session {
         let vring = &mut self.vrings[index];
         let draft = match &mut vring.state {
             State::Stopped(draft) => {
-                draft.kick = None;
+                (draft.kick, draft.parked) = (None, false);
                 return Ok(draft.base.unwrap_or(if self.negotiated.packed() { PACKED_START } else { 0 }));
             }
             State::Started(setup) => setup.clone(),
@@ -179,52 +190,63 @@ impl Session {
         if !self.features_known || self.table.is_empty() {
             return Ok(());
         }
-        for index in 0..self.vrings.len() {
-            let State::Stopped(draft) = &self.vrings[index].state else { continue };
-            let Some((setup, base)) = draft.complete() else { continue };
-            let call = self.vrings[index].call.take();
-            self.start(index, setup, base, call, rings)?;
-        }
-        Ok(())
+        (0..self.vrings.len()).try_for_each(|index| self.start(index, rings))
     }
 
-    fn start(
-        &mut self,
-        index: usize,
-        setup: Setup,
-        base: Option<u32>,
-        call: Option<Doorbell>,
-        rings: &mut dyn Rings,
-    ) -> Result<(), SessionError> {
+    /// Starts ring `index`, if it is complete. One that waits for its memory goes on waiting if that is not there.
+    fn start(&mut self, index: usize, rings: &mut dyn Rings) -> Result<(), SessionError> {
+        let vring = &mut self.vrings[index];
+        let State::Stopped(draft) = &vring.state else { return Ok(()) };
+        let Some(setup) = draft.complete() else { return Ok(()) };
         let context = Context {
             index,
             memory: self.table.memory(),
             negotiated: &self.negotiated,
             inflight: self.inflight.as_ref(),
         };
-        let ring =
-            setup.activate(&context, base, call).map_err(|source| SessionError::Setup { index, source })?;
+        let mut ring = match setup.activate(&context, draft.base) {
+            Ok(ring) => ring,
+            Err(SetupError::Layout(LayoutError::Address(_))) if draft.parked => return Ok(()),
+            Err(source) => return Err(SessionError::Setup { index, source }),
+        };
+        ring.call = vring.call.take();
         // Whoever had the ring before may have used buffers and not told the guest.
         if let Some(call) = &ring.call {
-            call.ring();
+            interrupt(index, call, rings)?;
         }
-        let vring = &mut self.vrings[index];
         vring.state = State::Started(setup);
         let always = !self.negotiated.features.contains(Features::PROTOCOL_FEATURES);
         rings.install(index, ring, always || vring.enabled);
         Ok(())
     }
 
-    /// Sets all running rings up again, on changed memory.
+    /// Sets all running rings up again, on changed memory. Front-ends that reshape a region remove it first: a ring that
+    /// lies in it stops until it is there again.
     pub(super) fn rebuild(&mut self, rings: &mut dyn Rings) -> Result<(), SessionError> {
-        (0..self.vrings.len()).try_for_each(|index| self.rebuild_one(index, rings))
+        (0..self.vrings.len()).try_for_each(|index| self.rebuild_one(index, true, rings))
     }
 
-    fn rebuild_one(&mut self, index: usize, rings: &mut dyn Rings) -> Result<(), SessionError> {
+    /// Sets a running ring up again. It may wait for its memory if that `may_come`.
+    fn rebuild_one(
+        &mut self,
+        index: usize,
+        may_come: bool,
+        rings: &mut dyn Rings,
+    ) -> Result<(), SessionError> {
         let State::Started(setup) = &self.vrings[index].state else { return Ok(()) };
-        let setup = setup.clone();
-        let base = self.stop(index, rings)?;
-        let call = self.vrings[index].call.take();
-        self.start(index, setup, Some(base), call, rings)
+        let kick = setup.kick.clone();
+        self.stop(index, rings)?;
+        if let State::Stopped(draft) = &mut self.vrings[index].state {
+            (draft.kick, draft.parked) = (Some(kick), may_come);
+        }
+        self.start(index, rings)
+    }
+
+    /// What rings wait for that ran until their memory was taken away, in words.
+    pub fn waits_for(&self) -> Option<String> {
+        let parked = |vring: &Vring| matches!(&vring.state, State::Stopped(draft) if draft.parked);
+        let waiting = self.vrings.iter().enumerate().filter(|(_, vring)| parked(vring));
+        let rings: Vec<_> = waiting.map(|(index, _)| index.to_string()).collect();
+        (!rings.is_empty()).then(|| format!("guest memory at the addresses of ring {}", rings.join(", ")))
     }
 }

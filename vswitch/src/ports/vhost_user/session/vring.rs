@@ -1,6 +1,6 @@
 //! One ring of a session: what the front-end has told about it, and the step from there to a ring in use.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vmq::doorbell::{Doorbell, NotADoorbell};
@@ -32,6 +32,8 @@ pub(super) struct Draft {
     pub addresses: Option<RingAddresses>,
     pub base: Option<u32>,
     pub kick: Option<Kick>,
+    /// It ran until its memory was taken away, and goes on when that is back.
+    pub parked: bool,
 }
 
 /// All it takes to set a ring up, again and again.
@@ -69,24 +71,23 @@ impl Default for Vring {
 
 impl Draft {
     /// The ring's set-up, once every part is known. The kick comes last: it is what starts a ring.
-    pub(super) fn complete(&self) -> Option<(Setup, Option<u32>)> {
-        let (size, addresses, kick) = (self.size?, self.addresses?, self.kick.clone()?);
-        Some((Setup { size, addresses, kick }, self.base))
+    pub(super) fn complete(&self) -> Option<Setup> {
+        Some(Setup { size: self.size?, addresses: self.addresses?, kick: self.kick.clone()? })
     }
 }
 
 impl Setup {
     /// What remains after the ring was stopped at `base`. Without a kick it does not start again.
     pub(super) fn stopped(self, base: u32) -> Draft {
-        Draft { size: Some(self.size), addresses: Some(self.addresses), base: Some(base), kick: None }
+        let (size, addresses) = (Some(self.size), Some(self.addresses));
+        Draft { size, addresses, base: Some(base), kick: None, parked: false }
     }
 
-    /// Sets the ring up in `context`, to go on at `base`.
+    /// Sets the ring up in `context`, to go on at `base`. It has no interrupt yet.
     pub(super) fn activate(
         &self,
         context: &Context<'_>,
         base: Option<u32>,
-        call: Option<Doorbell>,
     ) -> Result<ActiveRing, SetupError> {
         let memory = context.memory;
         let packed = context.negotiated.packed();
@@ -102,7 +103,7 @@ impl Setup {
             Kick::Doorbell(doorbell) => Some(Arc::clone(doorbell)),
         };
         let (memory, features) = (Arc::clone(memory), context.negotiated.net());
-        Ok(ActiveRing { ring, memory, features, enabled: true, kick, call })
+        Ok(ActiveRing { ring, memory, features, enabled: true, kick, call: None })
     }
 
     /// A split ring goes on where its used index stands. Buffers are completed in order, so that is the base as well
@@ -147,12 +148,14 @@ pub(super) fn ring_addresses(wire: &VringAddress) -> RingAddresses {
 }
 
 /// A doorbell out of a message's descriptors, none for the "no descriptor" form.
-pub(super) fn doorbell(polled: bool, fds: Vec<OwnedFd>) -> Result<Option<Doorbell>, DoorbellError> {
-    let count = fds.len();
-    match (polled, fds.into_iter().next()) {
-        (true, None) => Ok(None),
-        (false, Some(fd)) if count == 1 => Ok(Some(Doorbell::from_peer(fd)?)),
-        _ => Err(DoorbellError::Count(count)),
+pub(super) fn doorbell(polled: bool, fds: &mut Vec<OwnedFd>) -> Result<Option<Doorbell>, DoorbellError> {
+    match (polled, fds.as_slice()) {
+        (true, []) => Ok(None),
+        (false, [fd]) => {
+            Doorbell::check(fd.as_fd())?;
+            Ok(fds.pop().map(Doorbell::from_peer).transpose()?)
+        }
+        _ => Err(DoorbellError::Count(fds.len())),
     }
 }
 
@@ -165,6 +168,9 @@ pub enum DoorbellError {
     /// It is something else.
     #[error(transparent)]
     Kind(#[from] NotADoorbell),
+    /// Ringing it made us wait.
+    #[error("it was full and blocking")]
+    Blocks,
 }
 
 /// Where rings note what is in flight, so that a successor of this process finds it.

@@ -8,10 +8,11 @@ use std::sync::{Arc, Mutex};
 use vmq::driver::Form;
 
 use super::rig::*;
-use crate::ports::vhost_user::features::Protocol;
+use crate::ports::vhost_user::features::{Features, Protocol};
 use crate::ports::vhost_user::frontend::Frontend;
 use crate::ports::vhost_user::message::Request;
 use crate::ports::vhost_user::server::{Control, EndpointId, PortEndpoint, PortEvent};
+use crate::ports::vhost_user::session::SessionConfig;
 use crate::spec::SocketMode;
 
 /// One port under a control thread.
@@ -183,6 +184,33 @@ fn faulted_port_accepts_nobody_until_it_is_restarted() {
     let mut front = site.connect();
     guest.start(&mut front, Protocol::REPLY_ACK, 0);
     guest.round_trip(0, &site.port, 5);
+}
+
+#[test]
+fn changed_configuration_is_offered_to_the_next_client() {
+    let site = Site::new(SocketMode::Server);
+    let takes_jumbo = |front: &mut Frontend| {
+        front.negotiate(Features::MTU, Protocol::REPLY_ACK | Protocol::NET_MTU).unwrap();
+        front.tell(&Request::NetSetMtu(9000), &[]).is_ok()
+    };
+    let mut front = site.connect();
+    assert!(!takes_jumbo(&mut front));
+    site.control.configure(site.id, SessionConfig { mtu: 9000, ..pairs(1) });
+    drop(front);
+    assert!(takes_jumbo(&mut site.connect()));
+}
+
+#[test]
+fn memory_that_does_not_come_back_is_what_the_port_waits_for() {
+    let site = Site::new(SocketMode::Server);
+    let guest = Guest::new(Form::Split, 1);
+    let mut front = site.connect();
+    guest.start(&mut front, Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS, 0);
+    front.tell(&Request::RemMemReg(guest.region()), &[]).unwrap();
+    let waiting = PortEvent::Waiting("guest memory at the addresses of ring 0, 1".into());
+    wait_for("the reason", || site.seen(&waiting));
+    front.ask(&Request::GetFeatures).unwrap();
+    assert_eq!((site.port.installed(), site.count(&waiting)), (0, 1));
 }
 
 #[test]

@@ -194,6 +194,48 @@ fn memory_region_added_once_per_queue_pair_stays_until_removed_as_often() {
     lab.leave().unwrap();
 }
 
+/// QEMU, when it reshapes the region that a running ring lies in: all removals come before all additions.
+#[test]
+fn rings_stop_while_their_memory_is_away_and_go_on_where_they_were() {
+    for form in FORMS {
+        let mut guest = Guest::new(form, 1);
+        let mut lab = Lab::new(pairs(1));
+        let protocol = Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
+        guest.start(&mut lab.front, protocol, guest.fresh());
+        for _ in 0..3 {
+            guest.round_trip(0, &lab.port, 7);
+            lab.front.tell(&Request::RemMemReg(guest.region()), &[]).unwrap();
+            assert_eq!(lab.port.installed(), 0);
+            guest.send(0, b"sent while the memory is away");
+            // Half of it is not enough.
+            let half = MEMORY as u64 / 2;
+            let high = MemoryRegion {
+                guest: (GUEST + half).into(),
+                size: half.into(),
+                user: (GUEST + USER + half).into(),
+                offset: half.into(),
+            };
+            lab.front.tell(&Request::AddMemReg(high), &[guest.arena.fd()]).unwrap();
+            assert_eq!(lab.port.installed(), 0);
+            lab.front.tell(&Request::RemMemReg(high), &[]).unwrap();
+            lab.front.tell(&Request::AddMemReg(guest.region()), &[guest.arena.fd()]).unwrap();
+            assert_eq!(lab.port.enabled(), 2);
+            let calls = &guest.pairs[0].calls;
+            assert!(calls.iter().all(Doorbell::clear), "what was missed meanwhile is made up for");
+            guest.post(0, 1);
+            assert_eq!(lab.port.echo(0), 1);
+            assert_eq!(guest.received(0), [b"sent while the memory is away"]);
+            assert_eq!(guest.reclaim(0), 1);
+        }
+        lab.front.tell(&Request::RemMemReg(guest.region()), &[]).unwrap();
+        // Stopped for good, it does not come back by itself.
+        lab.front.stop_ring(0).unwrap();
+        lab.front.tell(&Request::AddMemReg(guest.region()), &[guest.arena.fd()]).unwrap();
+        assert_eq!(lab.port.installed(), 1);
+        lab.leave().unwrap();
+    }
+}
+
 #[test]
 fn memory_region_beyond_the_last_slot_ends_the_session() {
     let mut lab = Lab::new(pairs(1));

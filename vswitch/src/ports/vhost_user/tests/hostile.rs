@@ -1,10 +1,13 @@
 //! A front-end that means harm. Each test names the fault it stands for; see also `tests/vhost_user_leaks.rs`.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use vmq::doorbell::Doorbell;
 use vmq::driver::Form;
+use vmq::frame::{Burst, FrameStore};
+use vmq::ring::RingFault;
 use zerocopy::little_endian::{U16, U32, U64};
 
 use super::rig::*;
@@ -15,6 +18,7 @@ use crate::ports::vhost_user::message::{
     Header, Incoming, InflightArea, Kind, LogArea, MemoryRegion, Request, VringAddress, VringFd, VringState,
 };
 use crate::ports::vhost_user::session::Session;
+use crate::tally::Tally;
 
 /// A front-end that got as far as `protocol` features, for one request that must end the session.
 fn ends(protocol: Protocol, act: impl FnOnce(&mut Frontend)) -> String {
@@ -225,13 +229,50 @@ fn overlapping_regions_are_refused_in_guest_and_in_user_addresses() {
     }
 }
 
+/// Has whoever rings `call` wait, though it was handed over as one that does not.
+fn block(call: &Doorbell) {
+    call.clear();
+    rustix::io::write(call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    rustix::io::ioctl_fionbio(call, false).unwrap();
+}
+
 #[test]
-fn memory_removed_under_a_running_ring_ends_the_session() {
+fn interrupt_that_makes_the_switch_wait_faults_its_ring() {
+    let mut guest = Guest::new(Form::Split, 1);
+    let mut lab = Lab::new(pairs(1));
+    guest.start(&mut lab.front, Protocol::REPLY_ACK, 0);
+    guest.post(0, 1);
+    guest.send(0, &[1; 60]);
+    guest.pairs[0].calls.iter().for_each(block);
+    let state = &mut *lab.port.0.lock().unwrap();
+    let [Some(receive), Some(transmit)] = &mut state.rings[..] else { panic!("not installed") };
+    let (mut store, mut tally) = (FrameStore::default(), Tally::default());
+    let mut burst = Burst::new(&mut store);
+    transmit.ring.receive(&mut burst, &mut tally).unwrap();
+    assert_eq!(receive.ring.put(&burst, &[0], &mut tally), Err(RingFault::DoorbellBlocks));
+    drop(burst);
+    assert_eq!(transmit.ring.complete(), Err(RingFault::DoorbellBlocks));
+}
+
+#[test]
+fn interrupt_that_makes_the_control_thread_wait_ends_the_session() {
     let guest = Guest::new(Form::Split, 1);
     let mut lab = Lab::new(pairs(1));
-    guest.start(&mut lab.front, Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS, 0);
-    lab.front.send_raw(&Request::RemMemReg(guest.region()).encode(true), &[]).unwrap();
-    assert!(lab.ended().contains("not in guest memory"));
+    guest.start(&mut lab.front, Protocol::REPLY_ACK, 0);
+    let (call, over) = (Doorbell::new().unwrap(), AtomicBool::new(false));
+    block(&call);
+    std::thread::scope(|scope| {
+        // The switch takes it, sets it as it should be, and rings it.
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                rustix::io::ioctl_fionbio(&call, false).unwrap();
+            }
+        });
+        let set = Request::SetVringCall(VringFd { index: 0, polled: false });
+        while lab.front.tell(&set, &[call.as_fd()]).is_ok() {}
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(lab.ended().contains("full and blocking"));
 }
 
 /// Item 6: the peer cuts its memory file while the switch copies.
@@ -245,9 +286,9 @@ fn memory_file_cut_short_is_noticed_and_the_successor_starts_afresh() {
     let lost = {
         let state = &mut *lab.port.0.lock().unwrap();
         let ring = &mut state.rings[1].as_mut().unwrap().ring;
-        let mut store = vmq::frame::FrameStore::default();
-        let _ = ring.receive(&mut vmq::frame::Burst::new(&mut store), &mut crate::tally::Tally::default());
-        ring.complete();
+        let mut store = FrameStore::default();
+        let _ = ring.receive(&mut Burst::new(&mut store), &mut Tally::default());
+        ring.complete().unwrap();
         ring.lost()
     };
     assert!(lost);

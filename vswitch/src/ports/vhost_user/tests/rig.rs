@@ -125,7 +125,7 @@ impl Port {
             let list: Vec<u8> = (0..u8::try_from(burst.len()).unwrap()).collect();
             receive.ring.put(&burst, &list, &mut put).unwrap();
         }
-        transmit.ring.complete();
+        transmit.ring.complete().unwrap();
         put.frames
     }
 
@@ -133,9 +133,10 @@ impl Port {
     pub fn take_and_crash(&self, pair: usize) -> u64 {
         let state = &mut *self.0.lock().unwrap();
         let transmit = state.rings[2 * pair + 1].as_mut().unwrap();
-        let (mut store, mut tally) = (FrameStore::default(), Tally::default());
-        transmit.ring.receive(&mut Burst::new(&mut store), &mut tally).unwrap();
-        tally.frames
+        let mut store = FrameStore::default();
+        let mut burst = Burst::new(&mut store);
+        transmit.ring.receive(&mut burst, &mut Tally::default()).unwrap();
+        burst.len() as u64
     }
 }
 
