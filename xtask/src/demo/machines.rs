@@ -18,7 +18,7 @@ use super::venue::{Guest, Venue};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Of an iperf3 run.
-const SECONDS: u32 = 2;
+const SECONDS: u32 = 1;
 
 /// Red's cards: synthetic on the switch `lab`, emulated on `old`.
 const RED: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:01:01"];
