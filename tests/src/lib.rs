@@ -17,7 +17,7 @@
 //! | [`ovs`] | a private OVS-DPDK |
 //! | [`iperf`], [`ping`], [`transfer`] | throughput, round trips and compared bytes between two stations |
 //! | [`offload`] | a station's card by `ethtool` |
-//! | [`player`], [`witness`], [`numbered`] | guests played in this process; frames compared byte for byte |
+//! | [`player`], [`witness`], [`numbered`], [`draw`] | guests played in this process; frames compared byte for byte |
 //! | [`yardd`], [`case`] | the daemon and its command line; the frame of a whole-system test |
 //! | [`capture`], [`packets`] | tcpdump, tcpreplay, tshark, capinfos |
 #![forbid(unsafe_code)]
@@ -26,6 +26,7 @@ pub mod bridge;
 pub mod capture;
 pub mod case;
 pub mod cpio;
+pub mod draw;
 pub mod guest;
 pub mod initrd;
 pub mod iperf;

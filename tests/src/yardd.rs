@@ -31,6 +31,17 @@ pub fn find_port(report: &Value, switch: &str, port: &str) -> Result<Value> {
         .with_context(|| format!("no port {switch}/{port} in {report}"))
 }
 
+/// The configuration of a private switch `lab` with vhost-user ports of so many queue pairs, each at a socket of its name.
+pub fn private_switch(lab: &Lab, ports: &[&str], queues: u16) -> String {
+    let mut config = "[switch.lab]\ntype = \"private\"\n".to_owned();
+    for name in ports {
+        let path = lab.path(name);
+        let attachment = format!("vhost-user = {{ path = {path:?}, queues = {queues} }}");
+        config.push_str(&format!("[switch.lab.port.{name}]\n{attachment}\n"));
+    }
+    config
+}
+
 /// A running daemon; killed when dropped.
 #[derive(Debug)]
 pub struct Yardd {

@@ -18,7 +18,7 @@ use switchyard_tests::player::PlayerSpec;
 use switchyard_tests::process::{command, output};
 use switchyard_tests::setup::Need;
 use switchyard_tests::witness::{Party, Witness};
-use switchyard_tests::yardd::{Yardd, programs};
+use switchyard_tests::yardd::{Yardd, private_switch, programs};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// The longest frame that a port with the largest MTU takes, without and with tag.
@@ -242,12 +242,7 @@ fn frames_of_tcpreplay_come_out_of_tap_and_file() -> Result<()> {
 #[test]
 fn broken_file_stops_its_port_only() -> Result<()> {
     case::shared("broken_file_stops_its_port_only", &[], |lab| {
-        let mut config = "[switch.lab]\ntype = \"private\"\n".to_owned();
-        for name in ["left", "right"] {
-            let path = lab.path(name);
-            config.push_str(&format!("[switch.lab.port.{name}]\nvhost-user = {{ path = {path:?} }}\n"));
-        }
-        let yardd = Yardd::start(lab, &programs()?, &[1], &config)?;
+        let yardd = Yardd::start(lab, &programs()?, &[1], &private_switch(lab, &["left", "right"], 1))?;
         let party = |name: &str, number| Party::connect(&lab.path(name), number, PlayerSpec::new());
         let mut witness = Witness::start([party("left", 1)?, party("right", 2)?]);
         witness.see(200)?;

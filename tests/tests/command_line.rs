@@ -15,18 +15,12 @@ use switchyard_tests::packets::packets;
 use switchyard_tests::player::{Player, PlayerSpec};
 use switchyard_tests::process::{Process, command};
 use switchyard_tests::witness::{Party, Witness};
-use switchyard_tests::yardd::{Yardd, programs};
+use switchyard_tests::yardd::{Yardd, private_switch, programs};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn start(lab: &Lab) -> Result<Yardd> {
-    let mut config = "[switch.lab]\ntype = \"private\"\n".to_owned();
-    for name in ["left", "right"] {
-        let path = lab.path(name);
-        config
-            .push_str(&format!("[switch.lab.port.{name}]\nvhost-user = {{ path = {path:?}, queues = 2 }}\n"));
-    }
-    Yardd::start(lab, &programs()?, &[0, 1], &config)
+    Yardd::start(lab, &programs()?, &[0, 1], &private_switch(lab, &["left", "right"], 2))
 }
 
 fn witness(lab: &Lab) -> Result<Witness> {

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use switchyard_tests::case;
+use switchyard_tests::draw::Draw;
 use switchyard_tests::lab::{Lab, wait_for};
 use switchyard_tests::numbered;
 use switchyard_tests::player::{Player, PlayerSpec};
 use switchyard_tests::witness::{Conversation, Party, Witness};
-use switchyard_tests::yardd::{Yardd, programs};
+use switchyard_tests::yardd::{Yardd, private_switch, programs};
 use vmq::driver::{Buffer, RawDescriptor};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -30,11 +31,7 @@ struct Scene<'a> {
 
 impl<'a> Scene<'a> {
     fn new(lab: &'a Lab) -> Result<Self> {
-        let mut config = "[switch.lab]\ntype = \"private\"\n".to_owned();
-        for name in ["left", "right", "evil"] {
-            let path = lab.path(name);
-            config.push_str(&format!("[switch.lab.port.{name}]\nvhost-user = {{ path = {path:?} }}\n"));
-        }
+        let config = private_switch(lab, &["left", "right", "evil"], 1);
         let yardd = Yardd::start(lab, &programs()?, &[1], &config)?;
         let party = |name: &str, number| Party::connect(&lab.path(name), number, PlayerSpec::new());
         let mut witness = Witness::start([party("left", 1)?, party("right", 2)?]);
@@ -181,13 +178,7 @@ fn flood(scene: &Scene<'_>) -> Result<()> {
 fn garbage_in_packed_and_split_rings_never_reaches_other_ports() -> Result<()> {
     case::shared("garbage_in_packed_and_split_rings_never_reaches_other_ports", &[], |lab| {
         let mut scene = Scene::new(lab)?;
-        let mut state = 0x2545_f491_4f6c_dd1d_u64;
-        let mut random = move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
+        let mut draw = Draw::new(0x2545_f491_4f6c_dd1d);
         for round in 0..12 {
             let spec = PlayerSpec { packed: round % 2 == 0, indirect: round % 3 == 0, ..PlayerSpec::new() };
             let mut evil = scene.evil(spec)?;
@@ -196,12 +187,12 @@ fn garbage_in_packed_and_split_rings_never_reaches_other_ports() -> Result<()> {
                 let arena = evil.arena().clone();
                 // From the descriptors to the end of both indices, whatever the form.
                 for gpa in (at.descriptors..at.device + 64).step_by(8) {
-                    arena.write_u64(gpa, random());
+                    arena.write_u64(gpa, draw.number());
                 }
                 evil.transmit(0).ring_doorbell();
                 let at = evil.receive_lane(0).ring.addresses();
                 for gpa in (at.descriptors..at.driver).step_by(8) {
-                    arena.write_u64(gpa, random());
+                    arena.write_u64(gpa, draw.number());
                 }
                 evil.receive_lane(0).ring_doorbell();
                 std::thread::sleep(Duration::from_millis(2));

@@ -11,6 +11,7 @@ use switchyard_tests::lab::wait_for;
 use switchyard_tests::nested::scene::BOOT;
 use switchyard_tests::nested::stream::BEYOND_BUFFERS;
 use switchyard_tests::nested::{Guest, Namespace, Stream, VmNic, VmSpec, Yardd, scene};
+use switchyard_tests::offload::{GSO, HASH, LRO, RX, State, TSO, TX};
 use switchyard_tests::ping::{Ping, ping};
 use switchyard_tests::station::Station;
 use switchyard_tests::transfer::Transfer;
@@ -203,12 +204,6 @@ impl Pair<'_> {
         Ok([sent, received])
     }
 
-    fn feature(&self, name: &str) -> Result<String> {
-        let text = self.guest.check(&format!("ethtool -k eth0 | grep '^{name}: '"), LIMIT)?;
-        let state = text.trim().strip_prefix(name).and_then(|text| text.strip_prefix(": "));
-        state.map(str::to_owned).with_context(|| format!("no {name} in {text}"))
-    }
-
     fn offloads_switch(&self) -> Result<()> {
         let outcome = self.each_offload_off_and_on();
         self.guest.check("ethtool -K eth0 tx on rx on tso on gso on lro on rxhash on", LIMIT)?;
@@ -216,37 +211,28 @@ impl Pair<'_> {
     }
 
     fn each_offload_off_and_on(&self) -> Result<()> {
-        const FEATURES: &[(&str, &str)] = &[
-            ("tx", "tx-checksumming"),
-            ("rx", "rx-checksumming"),
-            ("tso", "tcp-segmentation-offload"),
-            ("gso", "generic-segmentation-offload"),
-            ("lro", "large-receive-offload"),
-            ("rxhash", "receive-hashing"),
-        ];
         /// Longest frame without offloads: 1500 bytes and a header.
         const FRAME: u64 = 1514;
-        for (_, name) in FEATURES.iter().filter(|(short, _)| *short != "lro") {
-            ensure!(self.feature(name)? == "on", "{name} is {} at first", self.feature(name)?);
+        for offload in [TX, RX, TSO, GSO, HASH] {
+            let state = offload.state(self.guest, "eth0")?;
+            ensure!(state == State { on: true, fixed: false }, "{} is {state:?} at first", offload.shown);
         }
-        for (short, name) in FEATURES {
+        for offload in [TX, RX, TSO, GSO, LRO, HASH] {
             // A large frame that a peer did not cut has no checksum of its own.
-            let lro = if *short == "rx" { "off" } else { "on" };
-            self.guest.check(&format!("ethtool -K eth0 lro {lro}"), LIMIT)?;
-            for state in ["off", "on"] {
-                self.guest.check(&format!("ethtool -K eth0 {short} {state}"), LIMIT)?;
-                ensure!(self.feature(name)? == state, "{name} is {} after {state}", self.feature(name)?);
-                let [sent, received] = match *short {
-                    "tso" | "lro" => self.mean_frames(),
+            LRO.set(self.guest, "eth0", offload != RX)?;
+            for on in [false, true] {
+                offload.set(self.guest, "eth0", on)?;
+                let [sent, received] = match offload {
+                    TSO | LRO => self.mean_frames(),
                     _ => self.transfers().map(|()| [0, 0]),
                 }
-                .with_context(|| format!("{short} {state}"))?;
+                .with_context(|| format!("{} {on}", offload.shown))?;
                 let (sends, takes) = (sent > FRAME, received > FRAME);
-                ensure!(*short != "tso" || sends == (state == "on"), "tso {state}: {sent} bytes a frame");
-                ensure!(*short != "lro" || takes == (state == "on"), "lro {state}: {received} bytes a frame");
+                ensure!(offload != TSO || sends == on, "TSO {on}: {sent} bytes a frame");
+                ensure!(offload != LRO || takes == on, "LRO {on}: {received} bytes a frame");
             }
             // Without checksums there is no segmentation either.
-            self.guest.check("ethtool -K eth0 tso on", LIMIT)?;
+            TSO.set(self.guest, "eth0", true)?;
         }
         Ok(())
     }

@@ -9,25 +9,20 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use switchyard_tests::case;
+use switchyard_tests::draw::Draw;
 use switchyard_tests::lab::{Lab, wait_for};
 use switchyard_tests::numbered;
 use switchyard_tests::player::{Player, PlayerSpec};
 use switchyard_tests::process::words;
 use switchyard_tests::witness::{Party, Witness};
-use switchyard_tests::yardd::{Yardd, programs};
+use switchyard_tests::yardd::{Yardd, private_switch, programs};
 
 const LIMIT: Duration = Duration::from_secs(30);
 const PORTS: [&str; 3] = ["left", "right", "third"];
 
 /// A switch on two processors, with two witnesses whose rings are of this kind and a third port.
 fn start(lab: &Lab, spec: PlayerSpec) -> Result<(Yardd, Witness)> {
-    let mut config = "[switch.lab]\ntype = \"private\"\n".to_owned();
-    for name in PORTS {
-        let path = lab.path(name);
-        config
-            .push_str(&format!("[switch.lab.port.{name}]\nvhost-user = {{ path = {path:?}, queues = 2 }}\n"));
-    }
-    let yardd = Yardd::start(lab, &programs()?, &[0, 1], &config)?;
+    let yardd = Yardd::start(lab, &programs()?, &[0, 1], &private_switch(lab, &PORTS, 2))?;
     let party = |name: &str, number| Party::connect(&lab.path(name), number, spec);
     let mut witness = Witness::start([party("left", 1)?, party("right", 2)?]);
     witness.see(200)?;
@@ -38,23 +33,6 @@ fn start(lab: &Lab, spec: PlayerSpec) -> Result<(Yardd, Witness)> {
 fn third(lab: &Lab, yardd: &Yardd) -> Result<Player> {
     yardd.wait_for_port("lab", "third", "waiting")?;
     Player::connect(&lab.path("third"), PlayerSpec::new())
-}
-
-/// Numbers that look random, the same in each run (xorshift).
-struct Draw(u32);
-
-impl Draw {
-    fn below(&mut self, bound: u32) -> u32 {
-        for shift in [13, -17, 5i32] {
-            self.0 ^= if shift > 0 { self.0 << shift } else { self.0 >> -shift };
-        }
-        self.0 % bound
-    }
-
-    fn of<'a>(&mut self, choices: &[&'a str]) -> &'a str {
-        let index = self.below(u32::try_from(choices.len()).unwrap_or(1));
-        choices[index as usize]
-    }
 }
 
 /// One order, about anything but whether the witnesses may talk.
@@ -78,7 +56,7 @@ fn orders_lose_no_frame(lab: &Lab, spec: PlayerSpec) -> Result<()> {
     let (mut yardd, mut witness) = start(lab, spec)?;
     let _third = third(lab, &yardd)?;
     let extra = lab.path("extra").display().to_string();
-    let mut draw = Draw(0x5eed_1234);
+    let mut draw = Draw::new(0x5eed_1234);
     let mut obeyed = 0;
     for number in 0..400 {
         let words = order(&mut draw, &extra);
@@ -126,7 +104,7 @@ fn held(process: u32) -> Result<[usize; 2]> {
 fn guests_that_vanish_under_load_leave_nothing_behind() -> Result<()> {
     case::shared("guests_that_vanish_under_load_leave_nothing_behind", &[], |lab| {
         let (mut yardd, mut witness) = start(lab, PlayerSpec::new())?;
-        let mut draw = Draw(0x0bad_cafe);
+        let mut draw = Draw::new(0x0bad_cafe);
         let mut before = [0; 2];
         for round in 0..200 {
             let mut guest = third(lab, &yardd).with_context(|| format!("round {round}"))?;

@@ -21,7 +21,7 @@ use switchyard_tests::setup::Need;
 use switchyard_tests::station::Station;
 use switchyard_tests::transfer::transfer;
 use switchyard_tests::witness::{Party, Witness};
-use switchyard_tests::yardd::{Yardd, programs};
+use switchyard_tests::yardd::{Yardd, private_switch, programs};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Tap, Need::Namespaces];
 const LIMIT: Duration = Duration::from_secs(30);
@@ -97,13 +97,10 @@ fn namespaces_talk_over_tap() -> Result<()> {
 fn deleted_device_stops_its_port_only_and_restart_makes_it_anew() -> Result<()> {
     case::shared("deleted_device_stops_its_port_only_and_restart_makes_it_anew", NEEDS, |lab| {
         let gone = device("g");
-        let mut config = format!(
-            "[switch.lab]\ntype = \"private\"\n[switch.lab.port.gone]\ntap = {{ name = {gone:?} }}\n"
+        let config = format!(
+            "{}[switch.lab.port.gone]\ntap = {{ name = {gone:?} }}\n",
+            private_switch(lab, &["left", "right"], 1)
         );
-        for name in ["left", "right"] {
-            let path = lab.path(name);
-            config.push_str(&format!("[switch.lab.port.{name}]\nvhost-user = {{ path = {path:?} }}\n"));
-        }
         let yardd = Yardd::start(lab, &programs()?, &[1], &config)?;
         let party = |name: &str, number| Party::connect(&lab.path(name), number, PlayerSpec::new());
         let mut witness = Witness::start([party("left", 1)?, party("right", 2)?]);

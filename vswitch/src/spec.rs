@@ -108,11 +108,7 @@ impl VlanMode {
 
     /// True if frames of `vlan` (0 is none) may pass the port.
     pub fn carries(&self, vlan: u16) -> bool {
-        match self {
-            Self::Passthrough => true,
-            Self::Access(own) => *own == vlan,
-            Self::Trunk { members, native } => members.contains(&vlan) || *native == Some(vlan),
-        }
+        VlanRule::from(self).carries(vlan)
     }
 
     /// The VLAN of untagged frames, 0 for none; `None` if the port takes no such frames.
@@ -315,6 +311,7 @@ impl PortSpec {
             pin: Vec::new(),
         }
     }
+
     /// [`PortSpec::mac`] where untagged frames are.
     pub fn own_address(&self) -> Option<StaticAddress> {
         self.mac.zip(self.vlan.untagged()).map(|(mac, vlan)| StaticAddress { mac, vlan })

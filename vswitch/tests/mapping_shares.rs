@@ -3,31 +3,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test binary")]
 
+mod support;
+
 use std::os::fd::OwnedFd;
 
-use vmq::doorbell::Doorbell;
 use vmq::memory::{Mapping, Share};
-use vswitch::ports::vhost_user::features::{Negotiated, Protocol};
+use vswitch::ports::vhost_user::features::Protocol;
 use vswitch::ports::vhost_user::message::{Header, Incoming, LogArea, MemoryRegion, Request};
-use vswitch::ports::vhost_user::queue::ActiveRing;
-use vswitch::ports::vhost_user::session::{Rings, Session, SessionConfig};
+use vswitch::ports::vhost_user::session::{Session, SessionConfig};
 use zerocopy::FromBytes;
 
-struct NoRings;
-
-impl Rings for NoRings {
-    fn install(&mut self, _: usize, _: ActiveRing, _: bool) {}
-
-    fn remove(&mut self, _: usize) -> Option<ActiveRing> {
-        None
-    }
-
-    fn set_enabled(&mut self, _: usize, _: bool) {}
-
-    fn set_call(&mut self, _: usize, _: Option<Doorbell>) {}
-
-    fn negotiated(&mut self, _: &Negotiated) {}
-}
+use support::NoRings;
 
 struct Peer(Session);
 

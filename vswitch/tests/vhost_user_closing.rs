@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test binary")]
 
+mod support;
+
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -11,30 +13,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vmq::doorbell::Doorbell;
-use vswitch::ports::vhost_user::features::Negotiated;
 use vswitch::ports::vhost_user::frontend::Frontend;
 use vswitch::ports::vhost_user::message::{Request, VringFd};
-use vswitch::ports::vhost_user::queue::ActiveRing;
 use vswitch::ports::vhost_user::server::{Control, PortEndpoint, PortEvent};
-use vswitch::ports::vhost_user::session::{Rings, SessionConfig};
+use vswitch::ports::vhost_user::session::SessionConfig;
 use vswitch::spec::SocketMode;
 
-struct NoRings;
-
-impl Rings for NoRings {
-    fn install(&mut self, _: usize, _: ActiveRing, _: bool) {}
-
-    fn remove(&mut self, _: usize) -> Option<ActiveRing> {
-        None
-    }
-
-    fn set_enabled(&mut self, _: usize, _: bool) {}
-
-    fn set_call(&mut self, _: usize, _: Option<Doorbell>) {}
-
-    fn negotiated(&mut self, _: &Negotiated) {}
-}
+use support::NoRings;
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();

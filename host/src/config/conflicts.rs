@@ -8,6 +8,7 @@ use vswitch::spec::{Attachment, PortSpec, StaticAddress, TapSpec};
 use super::node::quoted;
 use super::problem::{Problems, suggestion};
 use super::switch::SwitchConfig;
+use crate::vm::port;
 use crate::vm::spec::{NicSpec, VmSpec, port_name};
 
 /// A thing of the host that one port can have.
@@ -130,12 +131,8 @@ pub(super) fn check_addresses(
     let mut known: BTreeMap<_, _> =
         switches.iter().map(|config| (config.switch.name.as_str(), config.ports.clone())).collect();
     for (vm, index, nic) in nics(vms) {
-        let attachment = Attachment::Legacy { vm: vm.name.clone(), nic: nic.name.clone() };
-        let port = PortSpec {
-            mac: nic.mac.parse().ok(),
-            vlan: nic.vlan.clone(),
-            ..PortSpec::new(port_name(&vm.name, &nic.name), attachment)
-        };
+        // One that is none was reported where it was read.
+        let Ok(port) = port(&vm.name, nic) else { continue };
         let others = known.entry(nic.switch.as_str()).or_default();
         if let Some((other, address)) = clash(&port, others.iter()) {
             let path = format!("vm.{}.nic[{index}].mac", vm.name);

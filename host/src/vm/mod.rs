@@ -53,7 +53,7 @@ pub use report::{
     CpuReport, ExitReport, FaultReport, GuestReport, MemoryReport, NicReport, VmReport, VmState,
 };
 pub use users::Users;
-pub use wiring::Wiring;
+pub use wiring::{Wiring, port};
 
 use spec::VmSpec;
 

@@ -35,7 +35,10 @@ impl Wiring {
 }
 
 /// The port of `vm`'s adapter.
-fn port(vm: &str, nic: &NicSpec) -> Result<PortSpec, FabricError> {
+///
+/// # Errors
+/// The adapter's address is none.
+pub fn port(vm: &str, nic: &NicSpec) -> Result<PortSpec, FabricError> {
     let (vm_name, nic_name) = (vm.to_owned(), nic.name.clone());
     let attachment = match nic.kind {
         NicKind::Synthetic => Attachment::Synthetic { vm: vm_name, nic: nic_name, queues: nic.queues },

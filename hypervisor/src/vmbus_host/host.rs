@@ -46,6 +46,23 @@ struct Service {
     interrupt: Option<Interrupt>,
 }
 
+/// How far the switch has come that is to let go of the guest's memory, and until when it has time for that.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Draining {
+    /// It was told to.
+    Told(Instant),
+    /// It did not in time, and was asked to end the connection.
+    HungUp(Instant),
+}
+
+impl Draining {
+    fn until(self) -> Instant {
+        match self {
+            Self::Told(until) | Self::HungUp(until) => until,
+        }
+    }
+}
+
 /// Everything that VMBus of one guest consists of.
 pub(super) struct Host {
     pub(super) root: Root,
@@ -61,10 +78,8 @@ pub(super) struct Host {
     /// Processors whose controllers changed, and when they may be looked at.
     changed: BTreeSet<u32>,
     retarget: Instant,
-    /// The guest unloads or was reset: until when the switch has time to let go.
-    pub(super) draining: Option<Instant>,
-    /// It did not, and was asked to end.
-    overdue: bool,
+    /// The guest unloads or was reset.
+    pub(super) draining: Option<Draining>,
     detached: Vec<Sender<()>>,
     pub(super) on_fault: OnFault,
 }
@@ -91,7 +106,6 @@ impl Host {
             changed: BTreeSet::new(),
             retarget: Instant::now(),
             draining: None,
-            overdue: false,
             detached: Vec::new(),
             on_fault,
         };
@@ -126,7 +140,7 @@ impl Host {
 
     fn timeout(&self) -> Option<Duration> {
         let left = |until: Instant| until.saturating_duration_since(Instant::now());
-        let drained = self.draining.map(left);
+        let drained = self.draining.map(|draining| left(draining.until()));
         let posted = (!self.outbox.is_empty()).then_some(self.wait);
         let changed = (!self.changed.is_empty()).then(|| left(self.retarget));
         let more = (self.listens() && !self.inbox.is_empty()).then_some(Duration::ZERO);
@@ -183,7 +197,7 @@ impl Host {
                 tracing::debug!(%error, "message of the guest refused");
             }
         }
-        if self.draining.is_some_and(|until| until <= Instant::now()) {
+        if self.draining.is_some_and(|draining| draining.until() <= Instant::now()) {
             self.press_switch();
         }
         if self.draining.is_none() && !self.detached.is_empty() {
@@ -199,10 +213,10 @@ impl Host {
     /// The switch has had its time to let go. One that ends by itself has; one that does not may go on touching memory.
     fn press_switch(&mut self) {
         let Some(link) = self.switch.clone() else { return self.act() };
-        if !std::mem::replace(&mut self.overdue, true) {
+        if let Some(Draining::Told(_)) = self.draining {
             tracing::warn!("the switch does not let go of the guest's memory; it is asked to end");
             link.hang_up();
-            self.draining = Some(Instant::now() + LET_GO);
+            self.draining = Some(Draining::HungUp(Instant::now() + LET_GO));
             return;
         }
         tracing::error!(
@@ -372,7 +386,7 @@ impl Host {
                 }
             }
         }
-        (self.draining, self.overdue) = (Some(Instant::now() + LET_GO), false);
+        self.draining = Some(Draining::Told(Instant::now() + LET_GO));
     }
 
     fn add_nic(&mut self, nic: Nic) -> Result<(), String> {

@@ -127,7 +127,7 @@ impl Default for Config {
 /// A buffer that both sides know.
 #[derive(Debug)]
 struct Buffer {
-    #[cfg(test)]
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests withdraw a buffer on their own"))]
     gpadl: u32,
     pages: Pages,
     section: u32,
@@ -257,13 +257,7 @@ impl Guest {
         if !well || !fits || section < 68 {
             return Err(VscError::Refused(format!("receive buffer of {} bytes: {fields:?}", pages.len())));
         }
-        self.receive = Some(Buffer {
-            #[cfg(test)]
-            gpadl,
-            pages,
-            section,
-            count,
-        });
+        self.receive = Some(Buffer { gpadl, pages, section, count });
         if self.config.send_pages == 0 {
             return Ok(());
         }
@@ -278,13 +272,7 @@ impl Guest {
         }
         let count = pages.len() / section;
         self.free = (0..count).rev().collect();
-        self.send = Some(Buffer {
-            #[cfg(test)]
-            gpadl,
-            pages,
-            section,
-            count,
-        });
+        self.send = Some(Buffer { gpadl, pages, section, count });
         Ok(())
     }
 

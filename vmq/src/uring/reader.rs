@@ -167,25 +167,26 @@ impl Reader {
     }
 
     fn perform(&mut self, results: &mut [i32]) {
-        let (begin, fd) = (HEADROOM - self.link.header(), types::Fixed(0));
-        let rooms = self.slots.chunks_exact_mut(SLOT).map(|slot| &mut slot[begin..]).take(results.len());
-        let mut operations: ArrayVec<squeue::Entry, BATCH> = match self.link {
-            Link::Packet => {
-                let receive = |(message, room): (&mut Message, _)| {
-                    message.prepare(room);
-                    opcode::RecvMsg::new(fd, &raw mut message.header).flags(libc::MSG_DONTWAIT as u32).build()
-                };
-                self.messages.0.iter_mut().zip(rooms).map(receive).collect()
-            }
-            Link::Tap | Link::Socket => {
-                // At most SLOT bytes.
-                let read = |room: &mut [u8]| opcode::Read::new(fd, room.as_mut_ptr(), room.len() as u32);
-                rooms.map(|room| read(room).rw_flags(libc::RWF_NOWAIT).build()).collect()
-            }
-        };
         if results.len() > 1
             && let Some(ring) = &mut self.ring
         {
+            let (begin, fd) = (HEADROOM - self.link.header(), types::Fixed(0));
+            let rooms = self.slots.chunks_exact_mut(SLOT).map(|slot| &mut slot[begin..]).take(results.len());
+            let mut operations: ArrayVec<squeue::Entry, BATCH> = match self.link {
+                Link::Packet => {
+                    let receive = |(message, room): (&mut Message, _)| {
+                        message.prepare(room);
+                        let receive = opcode::RecvMsg::new(fd, &raw mut message.header);
+                        receive.flags(libc::MSG_DONTWAIT as u32).build()
+                    };
+                    self.messages.0.iter_mut().zip(rooms).map(receive).collect()
+                }
+                Link::Tap | Link::Socket => {
+                    // At most SLOT bytes.
+                    let read = |room: &mut [u8]| opcode::Read::new(fd, room.as_mut_ptr(), room.len() as u32);
+                    rooms.map(|room| read(room).rw_flags(libc::RWF_NOWAIT).build()).collect()
+                }
+            };
             // SAFETY: messages and slots are ours, borrowed exclusively until the call is over; the operations do not wait.
             let done = unsafe { ring.run(&mut operations, results) };
             self.check_ring(done.is_err(), results);
@@ -202,14 +203,15 @@ impl Reader {
     /// Reads one frame into slot `at` by a plain system call. Not the C library's, which is a cancellation point and makes
     /// an idle poll dearer by a fifth.
     fn read_one(&mut self, at: usize) -> i32 {
+        let room = &mut self.slots[at * SLOT..(at + 1) * SLOT][HEADROOM - self.link.header()..];
         if let Some(message) = self.messages.0.get_mut(at) {
+            message.prepare(room);
             let header = &raw mut message.header;
             // SAFETY: the message was prepared just now and points to a slot and to itself.
             return outcome(unsafe {
                 libc::syscall(libc::SYS_recvmsg, self.fd.as_raw_fd(), header, libc::MSG_DONTWAIT)
             });
         }
-        let room = &mut self.slots[at * SLOT..(at + 1) * SLOT][HEADROOM - self.link.header()..];
         let mut read = Err(Errno::OPNOTSUPP);
         if self.nowait {
             // `u64::MAX`: where the file stands.

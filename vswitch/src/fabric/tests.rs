@@ -16,6 +16,7 @@ use super::backend::BackendPort;
 use super::*;
 use crate::DropReason;
 use crate::backend::{BackendFault, FrameSink, FrameSource};
+use crate::offload::testing::flatten;
 use crate::ports::vhost_user::features::{Features, Protocol};
 use crate::ports::vhost_user::frontend::Frontend;
 use crate::ports::vhost_user::message::{Request, VringFd, VringState};
@@ -79,13 +80,7 @@ impl FrameSink for Taker {
                 tally.drop(DropReason::QueueFull);
                 continue;
             }
-            let mut bytes = frame.head().to_vec();
-            for segment in burst.tail(frame) {
-                let at = bytes.len();
-                bytes.resize(at + segment.len() as usize, 0);
-                segment.read_into(&mut bytes[at..]);
-            }
-            taken.push(bytes);
+            taken.push(flatten(burst, frame));
             tally.moved(frame.len);
         }
         Ok(false)

@@ -12,6 +12,7 @@ use vmq::frame::{FrameStore, Offload};
 use super::reference::{Fate, Mac, Port};
 use super::*;
 use crate::fdb::{Config, Fdb, Flap};
+use crate::offload::testing::flatten;
 use crate::spec::{PrivateVlan, VlanMode};
 
 /// Never flapping: each move starts a new window.
@@ -34,17 +35,6 @@ fn frame(destination: Mac, source: Mac, tags: &[(u16, u16)], len: usize) -> Vec<
     }
     bytes.extend([0x88, 0xb5]);
     bytes.resize(len, 0xa5);
-    bytes
-}
-
-/// The frame's bytes in one piece.
-fn flatten(burst: &Burst<'_>, frame: &Frame) -> Vec<u8> {
-    let mut bytes = frame.head().to_vec();
-    for segment in burst.tail(frame) {
-        let at = bytes.len();
-        bytes.resize(at + segment.len() as usize, 0);
-        segment.read_into(&mut bytes[at..]);
-    }
     bytes
 }
 

@@ -136,15 +136,9 @@ struct Slow {
 }
 
 impl FrameSource for Slow {
-    fn receive<'m>(
-        &'m mut self,
-        burst: &mut Burst<'m>,
-        _: Nanos,
-        tally: &mut Tally,
-    ) -> Result<(), BackendFault> {
+    fn receive<'m>(&'m mut self, burst: &mut Burst<'m>, _: Nanos, _: &mut Tally) -> Result<(), BackendFault> {
         if self.asked.send(()).is_ok() && self.go.recv().is_ok() {
             assert!(burst.push(self.frame.as_slice().into(), Offload::NONE));
-            tally.moved(60);
         }
         Ok(())
     }
@@ -181,7 +175,7 @@ fn burst_under_way_while_the_vlan_changes_leaves_no_address_in_the_old_one() {
         drop(tell);
         change.join().unwrap().unwrap();
     });
-    wait_for("the frame", || lab.port("a").received.frames == 1);
+    wait_for("the frame", || !lab.port("a").received.drops.is_empty());
     assert!(lab.known().iter().all(|(vlan, ..)| *vlan == 20), "{:?}", lab.known());
     drop(is_asked);
 }

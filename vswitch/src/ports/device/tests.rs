@@ -16,6 +16,7 @@ use vmq::uring::Tuning;
 
 use super::{DeviceError, DeviceSink, DeviceSource, tap, uplink};
 use crate::drops::DropReason;
+use crate::offload::testing;
 use crate::spec::TapSpec;
 use crate::tally::Tally;
 
@@ -101,16 +102,7 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 }
 
 fn flatten(burst: &Burst<'_>) -> Vec<Vec<u8>> {
-    let flat = |frame: &vmq::frame::Frame| {
-        let mut bytes = frame.head().to_vec();
-        for segment in burst.tail(frame) {
-            let mut piece = vec![0; segment.len() as usize];
-            segment.read_into(&mut piece);
-            bytes.extend(piece);
-        }
-        bytes
-    };
-    burst.frames().iter().map(flat).collect()
+    burst.frames().iter().map(|frame| testing::flatten(burst, frame)).collect()
 }
 
 fn compare(got: &[Vec<u8>], sent: &[Vec<u8>], what: &str) {

@@ -8,6 +8,7 @@ use vmq::memory::{GuestMemory, Region};
 use vmq::ring::Ring;
 
 use super::rig::{GUEST, Guest, USER};
+use crate::offload::testing::flatten;
 use crate::ports::vhost_user::queue::{ActiveRing, NetFeatures};
 use crate::tally::Tally;
 
@@ -57,16 +58,7 @@ impl Sender {
         let mut store = FrameStore::default();
         let mut burst = Burst::new(&mut store);
         self.ring.receive(&mut burst, tally).unwrap();
-        let frames = burst.frames().iter().map(|frame| {
-            let mut bytes = frame.head().to_vec();
-            for segment in burst.tail(frame) {
-                let at = bytes.len();
-                bytes.resize(at + segment.len() as usize, 0);
-                segment.read_into(&mut bytes[at..]);
-            }
-            bytes
-        });
-        let frames = frames.collect();
+        let frames = burst.frames().iter().map(|frame| flatten(&burst, frame)).collect();
         drop(burst);
         self.ring.complete().unwrap();
         frames
