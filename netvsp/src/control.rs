@@ -52,7 +52,7 @@ pub const MIN_MTU: u16 = 68;
 /// The MTU of a guest that was not asked for one.
 pub const DEFAULT_MTU: u16 = 1500;
 /// Packets that a guest may put in one NVSP message. Hyper-V says 8; twice that halves the ring packets of a flood of
-/// small frames, and still leaves room for several messages in a burst of 64.
+/// small frames, and still leaves room for several messages in a burst.
 pub const MAX_PACKETS_PER_MESSAGE: u32 = 16;
 /// Bytes of the longest RNDIS message taken: a large send with its headers.
 pub const MAX_TRANSFER: u32 = 128 * 1024;

@@ -9,8 +9,8 @@ use arrayvec::ArrayVec;
 
 use crate::memory::Segment;
 
-/// Frames per burst: 64 is within 8 % of the best measured (256), and keeps a burst's heads in L1.
-pub const BURST_FRAMES: usize = 64;
+/// Frames per burst: 128 costs a saturated switch 4 to 8 % less a packet than 64, and its heads still lie in L1.
+pub const BURST_FRAMES: usize = 128;
 
 /// Bytes of a frame that are copied privately: Ethernet, one tag, IPv6 and the ports.
 pub const HEAD_BYTES: usize = 64;

@@ -4,7 +4,7 @@
 //! | module | idea |
 //! |---|---|
 //! | [`memory`] | a guest's memory: checked ranges to read ([`memory::Segment`]) and write ([`memory::Room`]), one copy |
-//! | [`frame`] | a [`frame::Burst`] of up to 64 frames: private heads, tails still in the sender's buffers |
+//! | [`frame`] | a [`frame::Burst`] of up to 128 frames: private heads, tails still in the sender's buffers |
 //! | [`ring`] | virtqueues, device side: split and packed behind one interface |
 //! | [`doorbell`] | eventfds that wake a worker or interrupt a guest |
 //! | [`rss`], [`filter`] | which of a port's queues a frame goes to: Toeplitz hash and table, MAC + VLAN filter |

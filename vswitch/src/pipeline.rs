@@ -114,9 +114,13 @@ pub fn forward(
     look_up(topology, ingress, &admitted, burst.frames(), plan, tally);
 }
 
-/// One bit per frame whose offload metadata contradicts the frame.
+/// One bit for each frame of a burst.
+type Set = u128;
+const _: () = assert!(BURST_FRAMES <= Set::BITS as usize);
+
+/// The frames whose offload metadata contradicts the frame.
 #[cold]
-fn unfit_offloads(burst: &Burst<'_>) -> u64 {
+fn unfit_offloads(burst: &Burst<'_>) -> Set {
     let unfit = |frame: &Frame| !frame.offload.is_plain() && offload::check::check(burst, frame).is_err();
     burst.frames().iter().enumerate().filter(|(_, frame)| unfit(frame)).fold(0, |bits, (i, _)| bits | 1 << i)
 }
@@ -125,7 +129,7 @@ fn unfit_offloads(burst: &Burst<'_>) -> u64 {
 fn classify(
     topology: &Topology,
     rules: &Rules,
-    unfit: u64,
+    unfit: Set,
     burst: &mut Burst<'_>,
     admitted: &mut Admitted,
     plan: &mut Plan,
@@ -139,7 +143,7 @@ fn classify(
             plan.refuse(index, reason, tally);
             continue;
         }
-        if unfit >> index & 1 != 0 {
+        if unfit != 0 && unfit >> index & 1 != 0 {
             plan.refuse(index, DropReason::BadOffload, tally);
             continue;
         }

@@ -195,7 +195,7 @@ impl SourceQueue {
             while tally.dropped_total() < vmq::ring::MAX_SIZE.into() {
                 let before = tally.dropped_total();
                 // A fault is met by the next burst, too.
-                let discarded = ring.discard(BURST_FRAMES, &mut tally);
+                let discarded = ring.discard(&mut tally);
                 if discarded.is_err() || tally.dropped_total() == before {
                     break;
                 }
@@ -299,7 +299,7 @@ impl SourceQueue {
         tally: &mut Tally,
     ) -> Result<(), Fault> {
         if !ring.enabled {
-            if ring.discard(BURST_FRAMES, tally)? {
+            if ring.discard(tally)? {
                 self.counters.called();
             }
             return Ok(());

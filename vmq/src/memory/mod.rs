@@ -18,6 +18,7 @@ mod segment;
 mod share;
 mod sigbus;
 mod sum;
+mod table;
 mod word;
 
 use std::sync::Arc;
@@ -30,6 +31,7 @@ pub use mapping::{Mapping, MappingError};
 pub use pages::{MAX_PAGES, Pages, PagesError};
 pub use segment::{Next, Room, Segment};
 pub use share::Share;
+pub use table::table;
 pub use word::SharedWord;
 
 /// One contiguous range of guest-physical addresses backed by a mapping.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use vmq::driver::Form;
-use vmq::frame::{Accepts, Burst, Offload};
+use vmq::frame::{Accepts, BURST_FRAMES, Burst, Offload};
 use vmq::worker::{Nanos, Wait};
 
 use super::backend::BackendPort;
@@ -275,7 +275,7 @@ fn mistake_of_the_switch_stops_the_port_it_comes_to_light_at_and_no_other() {
     let (right, others, _) = lab.model("right", 1500, 0);
     let (_, _, taken) = lab.model("far", 1500, 100);
     // The model panics at more than a burst.
-    next.lock().unwrap().extend(vec![frame(1, 60); 65]);
+    next.lock().unwrap().extend(vec![frame(1, 60); BURST_FRAMES + 1]);
     wrong.nudge(0);
     wait_for("the fault", || matches!(lab.port("wrong").state, PortState::Faulted(_)));
     taken.lock().unwrap().clear();

@@ -249,7 +249,7 @@ impl Table {
     /// A table for `capacity` keys: twice as many entries, in a power of two of buckets.
     pub fn new(capacity: usize, secret: Secret) -> Self {
         let wanted = capacity.saturating_mul(2).div_ceil(ENTRIES).clamp(MIN_BUCKETS, MAX_BUCKETS);
-        let buckets: Box<[Bucket]> = (0..wanted.next_power_of_two()).map(|_| Bucket::default()).collect();
+        let buckets = vmq::memory::table(wanted.next_power_of_two(), Bucket::default);
         let mask = u32::try_from(buckets.len() - 1).unwrap_or(u32::MAX);
         Self { buckets, mask, secret }
     }

@@ -146,7 +146,7 @@ impl Translator {
     /// be, with its index and why: [`DropReason::EgressMtu`], [`DropReason::BadOffload`], [`DropReason::Malformed`] (in too many pieces).
     ///
     /// Each frame is changed in the order tag, length, then merged, cut up or given its checksum. Frames of one flow
-    /// keep their order. `sink` is called once per up to 64 frames.
+    /// keep their order. `sink` is called once per up to a burst of frames.
     pub fn run(
         &mut self,
         burst: &Burst<'_>,

@@ -7,8 +7,8 @@ use serde_json::Value;
 use switchyard_tests::process::{command, output};
 
 use super::goal::Goal;
-use super::peers::{CLIENT_CPU, Kind, Needs, Switch};
-use super::plan::{Figure, Peer, Plan};
+use super::peers::{CLIENT_CPU, Needs, compare};
+use super::plan::Plan;
 use super::table::{Report, Row, Table, median};
 
 /// The generator's addresses if it has one a side.
@@ -72,26 +72,8 @@ pub fn run(plan: &Plan, packed: bool, frames: &[u32], report: &mut Report) -> Re
 fn one_load(plan: &Plan, load: Load) -> Result<(Row, Row)> {
     let plural = if load.addresses == 1 { "" } else { "es" };
     let what = format!("{} B, {} address{plural} a side", load.frame, load.addresses);
-    plan.say(format_args!("{what}: starting three switches"));
     // A port that checks its guest's address admits only one.
     let macs = (load.addresses == 1).then_some(MACS);
     let needs = Needs { frame: load.frame, macs, addresses: None };
-    let mut switches = Vec::new();
-    for kind in [Kind::Yardd, Kind::Ovs, Kind::Io] {
-        let mut switch = Switch::start(plan, kind, &needs)?;
-        switch.freeze()?;
-        switches.push(switch);
-    }
-    let mut cycles = Vec::new();
-    let rate = plan.interleave(&Figure::new(what.clone(), "Mpps"), &mut switches, |switch| {
-        let before = switch.work()?;
-        let rate = generate(plan, switch.sockets(), load)?;
-        if let (Some(before), Some(after)) = (before, switch.work()?) {
-            cycles.push(after.cycles_since(&before));
-        }
-        Ok(rate)
-    })?;
-    // The warm-up's.
-    cycles.remove(0);
-    Ok((rate, Row::alone(what, "cycles", "yardd", cycles)))
+    compare(plan, what, &needs, |switch| switch.metered(|| generate(plan, switch.sockets(), load)))
 }

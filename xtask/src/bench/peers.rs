@@ -13,7 +13,8 @@ use switchyard_tests::testpmd::Testpmd;
 use switchyard_tests::yardd::Yardd;
 
 use super::machine;
-use super::plan::{Peer, Plan};
+use super::plan::{Figure, Peer, Plan};
+use super::table::Row;
 
 /// The processor of clients and of everybody's control plane.
 pub const CLIENT_CPU: usize = 0;
@@ -122,8 +123,15 @@ impl Switch {
         &self.lab
     }
 
+    /// The rate that `measure` finds, and the cycles that our switch spends on a frame meanwhile; another does not tell.
+    pub fn metered(&self, measure: impl FnOnce() -> Result<f64>) -> Result<(f64, Option<f64>)> {
+        let before = self.work()?;
+        let rate = measure()?;
+        Ok((rate, self.work()?.zip(before).map(|(after, before)| after.cycles_since(&before))))
+    }
+
     /// Processor time that our switch has spent on frames so far; `None` for another switch.
-    pub fn work(&self) -> Result<Option<Work>> {
+    fn work(&self) -> Result<Option<Work>> {
         match &self.program {
             Program::Yardd(yardd) => Ok(Some(Work::of(yardd)?)),
             Program::Ovs(_) | Program::Io(_) => Ok(None),
@@ -187,6 +195,32 @@ impl Work {
         let nanos = self.busy_nanos.saturating_sub(before.busy_nanos) as f64;
         nanos / frames * machine::gigahertz()
     }
+}
+
+/// Measures the three switches in turns: rows of rates in Mpps, and of our cycles a packet. Each finds its clients anew, in
+/// `measure`.
+pub fn compare(
+    plan: &Plan,
+    what: String,
+    needs: &Needs,
+    mut measure: impl FnMut(&Switch) -> Result<(f64, Option<f64>)>,
+) -> Result<(Row, Row)> {
+    plan.say(format_args!("{what}: starting three switches"));
+    let mut switches = Vec::new();
+    for kind in [Kind::Yardd, Kind::Ovs, Kind::Io] {
+        let mut switch = Switch::start(plan, kind, needs)?;
+        switch.freeze()?;
+        switches.push(switch);
+    }
+    let mut costs = Vec::new();
+    let rates = plan.interleave(&Figure::new(what.clone(), "Mpps"), &mut switches, |switch| {
+        let (rate, cost) = measure(switch)?;
+        costs.extend(cost);
+        Ok(rate)
+    })?;
+    // The warm-up's.
+    costs.remove(0);
+    Ok((rates, Row::alone(what, "cycles", "yardd", costs)))
 }
 
 #[cfg(test)]

@@ -3,11 +3,13 @@
 //! testpmd is the client that others measure with; it spends about 164 cycles on a packet itself, so that it limits
 //! small frames. The generator bench does not.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use switchyard_tests::testpmd::{Testpmd, TestpmdSpec};
 
-use super::peers::{CLIENT_CPU, Kind, Needs, Switch};
-use super::plan::{Figure, Peer, Plan};
+use super::peers::{CLIENT_CPU, Needs, Switch, compare};
+use super::plan::Plan;
 use super::table::{Report, Row, Table};
 
 /// Bytes, without check sequence, and what is wanted of OVS-DPDK's rate and of `io`'s.
@@ -18,51 +20,26 @@ const FRAMES: [(u32, [f64; 2]); 5] =
 const OVS: usize = 1;
 const IO: usize = 2;
 
+/// From when packets circulate to the measurement.
+const SETTLE: Duration = Duration::from_millis(300);
+
 /// Packets that circulate: as many bursts of 32 from each port.
 const BURSTS: u32 = 16;
 
 /// [`TestpmdSpec::pair`] sends from these.
 const MACS: [&str; 2] = ["02:00:00:00:00:0a", "02:00:00:00:00:0b"];
 
-/// A switch and the pair that loads it.
-struct Loop {
-    // Dropped before the switch: it closes its sockets in good order.
-    client: Testpmd,
-    switch: Switch,
-}
-
-impl Loop {
-    /// Sets up both, lets packets circulate, and freezes all.
-    fn start(plan: &Plan, kind: Kind, frame: u32, packed: bool) -> Result<Self> {
-        let needs = Needs { frame, macs: Some(MACS), addresses: None };
-        let switch = Switch::start(plan, kind, &needs)?;
-        let [a, b] = switch.sockets();
-        let mut spec = TestpmdSpec::pair(a, b);
-        spec.cpu = CLIENT_CPU;
-        spec.max_frame = frame.max(1518);
-        spec.ports.iter_mut().for_each(|port| port.packed = packed);
-        let client = Testpmd::start(switch.lab(), &spec)?;
-        let mut all = Self { client, switch };
-        all.client.start_loop(frame, BURSTS)?;
-        all.freeze()?;
-        Ok(all)
-    }
-}
-
-impl Peer for Loop {
-    fn name(&self) -> &'static str {
-        self.switch.name()
-    }
-
-    fn freeze(&mut self) -> Result<()> {
-        self.client.process().freeze()?;
-        self.switch.freeze()
-    }
-
-    fn thaw(&mut self) -> Result<()> {
-        self.switch.thaw()?;
-        self.client.process().thaw()
-    }
+/// A pair that loads `switch`, with packets in circulation.
+fn circulate(switch: &Switch, frame: u32, packed: bool) -> Result<Testpmd> {
+    let [a, b] = switch.sockets();
+    let mut spec = TestpmdSpec::pair(a, b);
+    spec.cpu = CLIENT_CPU;
+    spec.max_frame = frame.max(1518);
+    spec.ports.iter_mut().for_each(|port| port.packed = packed);
+    let mut client = Testpmd::start(switch.lab(), &spec)?;
+    client.start_loop(frame, BURSTS)?;
+    std::thread::sleep(SETTLE);
+    Ok(client)
 }
 
 /// Measures all sizes, or only `frames`.
@@ -82,23 +59,12 @@ pub fn run(plan: &Plan, packed: bool, frames: &[u32], report: &mut Report) -> Re
     Ok(())
 }
 
-/// Everything is set up anew for each size, so that no packet of another size still circulates.
+/// Every measurement has a fresh pair: where its rings and buffers lie decides up to a quarter of the rate, and stays as it is
+/// for as long as the pair lives.
 fn one_size(plan: &Plan, packed: bool, frame: u32) -> Result<(Row, Row)> {
-    plan.say(format_args!("{frame} B: starting three switches with a testpmd pair each"));
-    let kinds = [Kind::Yardd, Kind::Ovs, Kind::Io];
-    let mut peers =
-        kinds.into_iter().map(|kind| Loop::start(plan, kind, frame, packed)).collect::<Result<Vec<_>>>()?;
-    let mut cycles = Vec::new();
-    let figure = Figure::new(format!("{frame} B"), "Mpps");
-    let rate = plan.interleave(&figure, &mut peers, |peer| {
-        let before = peer.switch.work()?;
-        let rate = peer.client.measure(plan.window())?;
-        if let (Some(before), Some(after)) = (before, peer.switch.work()?) {
-            cycles.push(after.cycles_since(&before));
-        }
-        Ok(rate.packets_per_second / 1e6)
-    })?;
-    // The warm-up's.
-    cycles.remove(0);
-    Ok((rate, Row::alone(format!("{frame} B"), "cycles", "yardd", cycles)))
+    let needs = Needs { frame, macs: Some(MACS), addresses: None };
+    compare(plan, format!("{frame} B"), &needs, |switch| {
+        let mut client = circulate(switch, frame, packed)?;
+        switch.metered(|| Ok(client.measure(plan.window())?.packets_per_second / 1e6))
+    })
 }

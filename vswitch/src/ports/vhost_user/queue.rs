@@ -108,15 +108,15 @@ impl ActiveRing {
         self.memory.lost()
     }
 
-    /// Takes up to `most` frames that the guest has sent and drops them: its ring is disabled. True if the guest was
-    /// interrupted.
+    /// Takes up to [`DISCARDED`] frames that the guest has sent and drops them: its ring is disabled. True if the guest
+    /// was interrupted.
     ///
     /// # Errors
     /// The ring is unusable.
     #[cold]
-    pub fn discard(&mut self, most: usize, tally: &mut Tally) -> Result<bool, RingFault> {
+    pub fn discard(&mut self, tally: &mut Tally) -> Result<bool, RingFault> {
         let memory = &*self.memory;
-        let discarded = with_ring!(&mut self.ring, ring => discard(ring, memory, most, tally));
+        let discarded = with_ring!(&mut self.ring, ring => discard(ring, memory, tally));
         if self.memory.lost() {
             return Err(RingFault::MemoryLost);
         }
@@ -138,6 +138,10 @@ impl ActiveRing {
         with_ring!(&self.ring, ring => ring.base())
     }
 }
+
+/// Frames of a disabled ring that are dropped at a time. With chains of 256 pieces they stay within what a ring keeps between
+/// two publications.
+const DISCARDED: usize = 64;
 
 /// Mergeable buffers that one frame may fill: 64 KiB in pieces of 64 bytes.
 const MAX_BUFFERS: usize = 1024;
@@ -211,14 +215,9 @@ fn most_segments<R: Virtqueue>(ring: &R, chain: &Chain, memory: &GuestMemory) ->
     if descriptors.iter().all(in_one_piece) { descriptors.len().min(FRAME_SEGMENTS) } else { FRAME_SEGMENTS }
 }
 
-fn discard<R: Virtqueue>(
-    ring: &mut R,
-    memory: &GuestMemory,
-    most: usize,
-    tally: &mut Tally,
-) -> Result<(), RingFault> {
+fn discard<R: Virtqueue>(ring: &mut R, memory: &GuestMemory, tally: &mut Tally) -> Result<(), RingFault> {
     ring.refresh()?;
-    for _ in 0..most {
+    for _ in 0..DISCARDED {
         let Some(chain) = ring.pop(memory)? else { break };
         ring.push_used(&chain, 0);
         tally.drop(DropReason::Disabled);
