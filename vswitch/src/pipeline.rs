@@ -42,13 +42,13 @@ impl Plan {
     }
 
     #[inline]
-    fn deliver(&mut self, port: PortIndex, index: u8) {
+    fn deliver(&mut self, port: PortIndex, frames: &[u8]) {
         let list = &mut self.lists[usize::from(port)];
         if list.is_empty() {
             self.touched.push(port);
         }
         // Each frame is listed at most once per port, so there is room.
-        let _ = list.try_push(index);
+        let _ = list.try_extend_from_slice(frames);
     }
 
     #[cold]
@@ -69,13 +69,16 @@ impl Plan {
     }
 }
 
-/// What frames with the same addresses in the same VLAN have in common. Traffic comes in runs, so a burst has few.
+/// What frames with the same addresses in the same VLAN, one after another, have in common. Traffic comes in runs, so a burst
+/// has few.
 struct Flow {
     addresses: Addresses,
     vlan: u16,
     group: bool,
     /// The head carries a tag: such a frame shares its flow with no other, as what follows the tag matters too.
     tagged: bool,
+    /// How many frames, behind those of the flows before.
+    frames: u8,
     source: (Key, Slot),
     destination: (Key, Slot),
 }
@@ -83,8 +86,7 @@ struct Flow {
 /// The frames of a burst that were admitted, and their flows.
 struct Admitted {
     flows: ArrayVec<Flow, BURST_FRAMES>,
-    /// Index of the frame, and of its flow.
-    frames: ArrayVec<(u8, u8), BURST_FRAMES>,
+    frames: ArrayVec<u8, BURST_FRAMES>,
 }
 
 /// Decides who gets the frames of `burst`, which came from port `ingress` at `now` (seconds of a monotonic clock).
@@ -150,13 +152,14 @@ fn classify(
         let same = |flow: &Flow| {
             flow.addresses == addresses && flow.vlan == frame.vlan && !flow.tagged && !frame.tagged
         };
-        if !admitted.flows.last().is_some_and(same) {
-            let flow = Flow::new(topology, addresses, frame);
-            // One flow per frame at most.
-            let _ = admitted.flows.try_push(flow);
+        // There is room: a frame, and a flow at most, for each of the burst.
+        let _ = admitted.frames.try_push(index);
+        match admitted.flows.last_mut() {
+            Some(flow) if same(flow) => flow.frames += 1,
+            _ => {
+                let _ = admitted.flows.try_push(Flow::new(topology, addresses, frame));
+            }
         }
-        let at = u8::try_from(admitted.flows.len() - 1).unwrap_or(u8::MAX);
-        let _ = admitted.frames.try_push((index, at));
     }
 }
 
@@ -173,7 +176,7 @@ impl Flow {
         if !group {
             fdb.prefetch(destination.1);
         }
-        Self { addresses, vlan: frame.vlan, group, tagged: frame.tagged, source, destination }
+        Self { addresses, vlan: frame.vlan, group, tagged: frame.tagged, frames: 1, source, destination }
     }
 }
 
@@ -261,24 +264,20 @@ fn look_up(
     plan: &mut Plan,
     tally: &mut Tally,
 ) {
-    let mut previous = None;
-    for &(index, at) in &admitted.frames {
-        let (Some(flow), Some(frame)) = (admitted.flows.get(usize::from(at)), frames.get(usize::from(index)))
-        else {
-            continue;
-        };
-        let known = match previous {
-            Some((flow, known)) if flow == at => known,
-            _ => known_port(topology, ingress, flow, frame),
-        };
-        previous = Some((at, known));
-        match known {
-            Some(port) if port == ingress => plan.refuse(index, DropReason::SamePort, tally),
-            Some(port) => {
-                plan.deliver(port, index);
-                tally.moved(frame.len);
+    let mut rest = &admitted.frames[..];
+    for flow in &admitted.flows {
+        let Some((own, others)) = rest.split_at_checked(flow.frames.into()) else { return };
+        rest = others;
+        let Some(first) = own.first().and_then(|&index| frames.get(usize::from(index))) else { continue };
+        match known_port(topology, ingress, flow, first) {
+            Some(port) if port == ingress => {
+                own.iter().for_each(|&index| plan.refuse(index, DropReason::SamePort, tally));
             }
-            None => flood(topology, ingress, index, frame, plan, tally),
+            Some(port) => {
+                plan.deliver(port, own);
+                own.iter().for_each(|&index| tally.moved(frames[usize::from(index)].len));
+            }
+            None => own.iter().for_each(|&index| flood(topology, ingress, index, frames, plan, tally)),
         }
     }
 }
@@ -317,17 +316,18 @@ fn flood(
     topology: &Topology,
     ingress: PortIndex,
     index: u8,
-    frame: &Frame,
+    frames: &[Frame],
     plan: &mut Plan,
     tally: &mut Tally,
 ) {
+    let frame = &frames[usize::from(index)];
     if is_link_local(frame) {
         return plan.refuse(index, DropReason::LinkLocal, tally);
     }
     let mut receivers = 0;
     for &port in topology.members() {
         if port != ingress && reaches(topology, ingress, port, frame) {
-            plan.deliver(port, index);
+            plan.deliver(port, &[index]);
             receivers += 1;
         }
     }
