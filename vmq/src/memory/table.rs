@@ -2,6 +2,9 @@
 
 use rustix::mm::{Advice, madvise};
 
+/// Bytes of a huge page. What is smaller shares its pages with others.
+const HUGE: usize = 2 << 20;
+
 /// `len` values made by `make`, on huge pages where the kernel has them to give. Without, it is a table as any.
 pub fn table<T>(len: usize, make: impl FnMut() -> T) -> Box<[T]> {
     let mut table = Vec::<T>::with_capacity(len);
@@ -10,7 +13,7 @@ pub fn table<T>(len: usize, make: impl FnMut() -> T) -> Box<[T]> {
     // Whole pages only, and before the first access, which decides what kind of page it gets.
     let start = room.start.map_addr(|address| address.next_multiple_of(page));
     let bytes = (room.end.addr() & !(page - 1)).saturating_sub(start.addr());
-    if bytes > 0 {
+    if bytes >= HUGE {
         // SAFETY: the advice changes neither contents nor access, and the pages are the table's own.
         let _ = unsafe { madvise(start.cast(), bytes, Advice::LinuxHugepage) };
     }
