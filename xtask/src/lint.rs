@@ -11,7 +11,7 @@ use crate::build::{cargo, root};
 const LONGEST_FILE: usize = 800;
 
 /// Lines of code in `src` folders, tests excluded.
-const BUDGET: usize = 63_000;
+const BUDGET: usize = 65_000;
 
 /// Runs all checks that need no other program. `cargo deny` is run if it is installed.
 pub fn run() -> Result<()> {

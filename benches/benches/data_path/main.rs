@@ -1,7 +1,7 @@
 //! What each step of a frame's way costs on one core.
 //!
 //! `cargo bench -p switchyard-benches` takes less than a minute; a name picks some of them, such as `-- pipeline`. Figures
-//! are per burst of 64 frames unless the name says otherwise, the rate is in frames or bytes.
+//! are per burst, or per 64 headers; the rate is in frames or bytes.
 
 mod copy;
 mod frames;

@@ -28,16 +28,17 @@ fn table(count: u32) -> Arc<Fdb> {
     Arc::new(fdb)
 }
 
-/// 64 keys at a time: hash and prefetch all, then look all up.
+/// A burst of keys at a time: hash and prefetch all, then look all up.
 pub fn look_up(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("look_up");
-    group.throughput(Throughput::Elements(64));
+    group.throughput(Throughput::Elements(BURST_FRAMES as u64));
     for count in COUNTS {
         let fdb = table(count);
-        let keys: Vec<_> = random(count).take(ROUND * 64).map(|n| Key::new(station(n), 0)).collect();
-        let mut bursts = keys.chunks(64).cycle();
+        let keys: Vec<_> =
+            random(count).take(ROUND * BURST_FRAMES).map(|n| Key::new(station(n), 0)).collect();
+        let mut bursts = keys.chunks(BURST_FRAMES).cycle();
         group.bench_function(BenchmarkId::from_parameter(count), |bencher| {
-            let mut slots = [Slot::default(); 64];
+            let mut slots = [Slot::default(); BURST_FRAMES];
             bencher.iter(|| {
                 let Some(keys) = bursts.next() else { return };
                 for (slot, &key) in slots.iter_mut().zip(keys) {
@@ -52,10 +53,10 @@ pub fn look_up(criterion: &mut Criterion) {
     }
 }
 
-/// A burst of 64 frames of 64 bytes from port 0 to port 1: classified, learnt, looked up.
+/// A full burst of frames of 64 bytes from port 0 to port 1: classified, learnt, looked up.
 pub fn pipeline(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("pipeline");
-    group.throughput(Throughput::Elements(64));
+    group.throughput(Throughput::Elements(BURST_FRAMES as u64));
     for count in COUNTS {
         let topology = topology(count, &VlanMode::Passthrough);
         group
@@ -84,8 +85,8 @@ fn switch(bencher: &mut criterion::Bencher<'_>, topology: &Topology, count: u32)
     let mut burst = Burst::new(&mut store);
     while burst.len() < BURST_FRAMES && burst.push(bytes.as_slice().into(), Offload::default()) {}
     let pair = |n: u32| (station(n / 2 * 2 + 1), station(n / 2 * 2));
-    let addresses: Vec<_> = random(count).take(ROUND * 64).map(pair).collect();
-    let mut addresses = addresses.chunks(64).cycle();
+    let addresses: Vec<_> = random(count).take(ROUND * BURST_FRAMES).map(pair).collect();
+    let mut addresses = addresses.chunks(BURST_FRAMES).cycle();
     let (mut plan, mut tally) = (Plan::default(), Tally::default());
     bencher.iter(|| {
         for (frame, (to, from)) in burst.frames_mut().iter_mut().zip(addresses.next().unwrap_or_default()) {
@@ -96,5 +97,5 @@ fn switch(bencher: &mut criterion::Bencher<'_>, topology: &Topology, count: u32)
         black_box(&plan);
     });
     let delivered: usize = plan.deliveries().map(|(_, list)| list.len()).sum();
-    assert_eq!((delivered, tally.dropped_total()), (64, 0), "what was measured is not forwarding");
+    assert_eq!((delivered, tally.dropped_total()), (BURST_FRAMES, 0), "what was measured is not forwarding");
 }

@@ -46,9 +46,15 @@ impl Key {
         u16::from_le_bytes([low, high])
     }
 
+    /// True for the address of a group.
+    #[inline]
+    pub fn is_group(self) -> bool {
+        self.0 & GROUP_BIT != 0
+    }
+
     /// True for an address that a station can have: neither a group address nor all zeros.
     pub fn is_station(self) -> bool {
-        self.0 & GROUP_BIT == 0 && self.0 << (64 - VLAN_SHIFT) != 0
+        !self.is_group() && self.0 << (64 - VLAN_SHIFT) != 0
     }
 }
 
@@ -78,14 +84,14 @@ pub(super) struct Secret([u64; 2]);
 impl Secret {
     pub fn new(seed: [u64; 2]) -> Self {
         // Digits of pi: an all-zero seed, as tests like to use, must still spread.
-        Self([seed[0] ^ 0x243f_6a88_85a3_08d3, seed[1] ^ 0x1319_8a2e_0370_7344])
+        Self([seed[0] ^ 0x243f_6a88_85a3_08d3, (seed[1] ^ 0x1319_8a2e_0370_7344) | 1])
     }
 
     /// A folded 64 × 64 → 128 bit product. One round suffices against guests: they do not see where a key went.
     #[inline]
     pub fn hash(self, key: Key) -> u64 {
         let Self([a, b]) = self;
-        fold(key.0 ^ a, b | 1)
+        fold(key.0 ^ a, b)
     }
 }
 

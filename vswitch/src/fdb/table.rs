@@ -43,13 +43,9 @@ const SPILL_MAX: u64 = 15;
 /// Time stamps are kept modulo this, in seconds.
 pub(super) const TIME_RANGE: u32 = 1 << 20;
 
-/// Where to look for a key: made by [`super::Fdb::hash`], good for that table only.
+/// Where to look for a key: its hash, made by [`super::Fdb::hash`], good for that table only.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Slot {
-    home: u32,
-    /// Odd, so that the probes are distinct buckets.
-    step: u32,
-}
+pub struct Slot(u64);
 
 /// The value word: port 16, time 20, flags 3, generation 25 bits from the low end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -259,16 +255,17 @@ impl Table {
     }
 
     #[inline]
-    #[expect(clippy::cast_possible_truncation, reason = "the two halves of the hash are what is wanted")]
     pub fn slot(&self, key: Key) -> Slot {
-        let hash = self.secret.hash(key);
-        Slot { home: hash as u32 & self.mask, step: (hash >> 32) as u32 | 1 }
+        Slot(self.secret.hash(key))
     }
 
-    /// The bucket of probe `n`; the mask keeps a foreign slot inside the table too.
+    /// The bucket of probe `n`: the hash's low half says where the home is, the high half, made odd so that the probes are
+    /// distinct buckets, how far it is to the next.
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "the two halves of the hash are what is wanted")]
     fn index(&self, slot: Slot, n: u32) -> usize {
-        (slot.home.wrapping_add(slot.step.wrapping_mul(n)) & self.mask) as usize
+        let (home, step) = (slot.0 as u32, (slot.0 >> 32) as u32 | 1);
+        (home.wrapping_add(step.wrapping_mul(n)) & self.mask) as usize
     }
 
     #[inline]
@@ -423,7 +420,7 @@ mod tests {
     #[test]
     fn keys_beyond_a_full_home_are_found_until_removed_and_the_count_returns_to_zero() {
         let table = Table::new(1, Secret::new([7, 7]));
-        let home = |key: &Key| table.slot(*key).home;
+        let home = |key: &Key| table.index(table.slot(*key), 0);
         let first = Key::new([2, 0, 0, 0, 0, 0], 0);
         let candidates =
             (0..4000u16).map(|n| Key::new([2, 0, 0, 0, n.to_be_bytes()[0], n.to_be_bytes()[1]], 0));

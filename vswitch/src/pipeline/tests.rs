@@ -7,13 +7,14 @@ mod model;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use vmq::frame::{FrameStore, Offload};
+use vmq::frame::{BURST_FRAMES, FrameStore, Offload};
 
 use super::reference::{Fate, Mac, Port};
 use super::*;
 use crate::fdb::{Config, Fdb, Flap};
 use crate::offload::testing::flatten;
 use crate::spec::{PrivateVlan, VlanMode};
+use crate::topology::{Rules, VlanRule};
 
 /// Never flapping: each move starts a new window.
 const RESTLESS: Flap = Flap { moves: u8::MAX, window: 0, hold: 0 };
