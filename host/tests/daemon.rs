@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use host::config::{Machine, load};
 use rustix::process::{Pid, Signal, kill_process};
 use support::exchange;
+use support::terminal::Terminal;
 use tempfile::TempDir;
 use vswitch::pcap::{InterfaceId, Packet, Reader, SectionInfo, Writer};
 
@@ -282,6 +283,60 @@ fn offline_run_of_the_same_files_writes_the_same_bytes() {
         sources
     };
     assert_eq!((sources(&runs[0][0]), sources(&runs[0][1])), (vec![2], vec![1, 2, 1]));
+}
+
+/// The kinds of a capture's blocks.
+fn blocks(mut capture: &[u8]) -> Vec<u32> {
+    let mut kinds = Vec::new();
+    let word = |bytes: &[u8], at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    while let (Some(kind), Some(length)) = (word(capture, 0), word(capture, 4)) {
+        kinds.push(kind);
+        capture = &capture[length as usize..];
+    }
+    kinds
+}
+
+/// Blocks of a capture: its header, its interface, and the statistics at its end.
+const HEADER: u32 = 0x0a0d_0d0a;
+const INTERFACE: u32 = 1;
+const STATISTICS: u32 = 5;
+
+#[test]
+fn disk_that_hangs_keeps_nobody_from_the_daemon_nor_the_daemon_from_its_end() {
+    let mut disk = Terminal::new();
+    let path = disk.path.display();
+    let mut daemon = Daemon::start(&format!("{LAB}[switch.lab.port.keep]\npcap.write = \"{path}\"\n"));
+    if !disk.stop(&daemon.child) {
+        return eprintln!("skipped: may not reach into the daemon");
+    }
+    let socket = daemon.socket.clone();
+    let restart = move || exchange(&socket, "POST", "/v1/switches/lab/ports/keep/restart", "");
+    let port = || exchange(&daemon.socket, "GET", "/v1/switches/lab/ports/keep", "").json();
+    let restarted = std::thread::spawn(restart.clone());
+    let began = Instant::now();
+    while port()["state"] != "waiting" {
+        assert!(began.elapsed() < Duration::from_secs(20), "{}", port());
+    }
+    assert_eq!(port()["reason"], "its disk to answer");
+    let body =
+        format!(r#"{{"name": "blue", "vhost-user": {{"path": "{}/blue"}}}}"#, daemon.dir.path().display());
+    assert_eq!(exchange(&daemon.socket, "POST", "/v1/switches/lab/ports", &body).status, 201);
+    assert_eq!(exchange(&daemon.socket, "DELETE", "/v1/switches/lab/ports/blue", "").status, 204);
+    assert_eq!(restart().problem(), "state");
+    assert!(!restarted.is_finished() && !blocks(disk.shown()).contains(&STATISTICS));
+
+    disk.go_on();
+    let answer = restarted.join().unwrap();
+    assert_eq!((answer.status, port()["state"].as_str()), (204, Some("up")), "{answer:?}");
+    while blocks(disk.shown()).get(..4) != Some(&[HEADER, INTERFACE, STATISTICS, HEADER]) {
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", blocks(disk.shown()));
+    }
+
+    assert!(disk.stop(&daemon.child));
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.wait(), Some(0));
+    assert_eq!(blocks(disk.shown()).iter().filter(|&&kind| kind == STATISTICS).count(), 1);
+    assert!(daemon.log().contains("does not answer"));
 }
 
 /// The configuration's VM `web`, run by a played worker.

@@ -17,6 +17,7 @@ use vmq::Mac;
 use vmq::worker::Nanos;
 use vswitch::backend::GuestRss;
 
+use crate::message::Waiting;
 use crate::protocol::nvsp::{self, Version};
 use crate::protocol::rndis;
 
@@ -234,8 +235,10 @@ pub struct Nvsp {
     link: Link,
     statistics: Statistics,
     state: State,
+    /// Messages that wait for the guest, as last told.
+    waiting: Waiting,
     /// What of it is kept for a successor.
-    kept: Option<(State, Mac, bool)>,
+    kept: Option<(State, Mac, bool, Waiting)>,
 }
 
 impl Nvsp {
@@ -244,8 +247,8 @@ impl Nvsp {
         config.queues = config.queues.clamp(1, MAX_QUEUES);
         config.mtu = config.mtu.max(MIN_MTU);
         let link = Link::new(config.link_mbps);
-        let statistics = Statistics::default();
-        Self { mac: config.mac, link, statistics, state: State::Closed, kept: None, config }
+        let (statistics, waiting) = (Statistics::default(), Waiting::default());
+        Self { mac: config.mac, link, statistics, state: State::Closed, waiting, kept: None, config }
     }
 
     /// The host's decisions, as they stand.
@@ -352,9 +355,24 @@ impl Nvsp {
         self.statistics = statistics;
     }
 
+    /// Messages that wait for the guest, for a successor.
+    pub(crate) fn set_waiting(&mut self, waiting: Waiting) {
+        self.waiting = waiting;
+    }
+
+    /// What a predecessor left.
+    pub(crate) fn take_waiting(&mut self) -> Waiting {
+        std::mem::take(&mut self.waiting)
+    }
+
+    /// The link went up or down, and the guest is not to be told before the next [`Nvsp::tick`].
+    pub fn set_link(&mut self, up: bool) {
+        self.link.set(up);
+    }
+
     /// The link went up or down. Guests handle one event in two seconds: what must wait comes out of [`Nvsp::tick`].
     pub fn link(&mut self, up: bool, now: Nanos) -> Effects {
-        self.link.set(up);
+        self.set_link(up);
         self.tick(now)
     }
 

@@ -15,6 +15,8 @@ pub mod queue;
 pub mod service;
 pub mod vsc;
 
+mod journal;
+mod message;
 mod receive;
 mod sections;
 mod transmit;

@@ -17,16 +17,10 @@
 //!
 //! Cost per section: one pop, two stores to take it; one load, three stores, one push to give it back. Per round: two stores.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use vmq::memory::GuestMemory;
-
-/// Most sections of a buffer: what the journal has room for.
-pub(crate) const MAX_SECTIONS: u32 = 128 * 1024;
-
-/// Most channels of an adapter: what the journal has room for.
-pub(crate) const MAX_CHANNELS: u16 = 64;
+use crate::journal::{Ends, Journal, MAX_SECTIONS};
 
 /// Sections that only control messages may take: without them a flood of frames could keep a reply from the guest. Half
 /// of them all, if there are few.
@@ -46,12 +40,6 @@ const NEXT_MASK: u32 = (1 << CHANNEL_SHIFT) - 1;
 /// No section follows.
 const LAST: u32 = NEXT_MASK;
 
-/// A round is recorded. Indices are multiples of 8.
-const ROUND: u32 = 1;
-
-/// Bytes of the journal: a position per channel, a word per section, a round per channel.
-pub(crate) const JOURNAL_BYTES: u64 = 4 * (2 * MAX_CHANNELS as u64 + MAX_SECTIONS as u64);
-
 /// A completion that names no packet of the channel that the guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("receive completion for transaction {transaction:#x}, which is not outstanding on channel {channel}")]
@@ -60,91 +48,6 @@ pub struct NotOutstanding {
     pub transaction: u64,
     /// The channel it came on.
     pub channel: u16,
-}
-
-/// Where a channel's rings stand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ends {
-    /// The write index of the ring to the guest.
-    pub(crate) write: u32,
-    /// The read index of the ring from the guest.
-    pub(crate) read: u32,
-}
-
-/// Memory that outlives the process, [`JOURNAL_BYTES`] of it.
-#[derive(Debug, Clone)]
-pub(crate) struct Journal {
-    memory: Arc<GuestMemory>,
-    base: u64,
-}
-
-impl Journal {
-    /// The journal `base` bytes, a multiple of 4, into `memory`.
-    pub(crate) fn new(memory: Arc<GuestMemory>, base: u64) -> Self {
-        Self { memory, base }
-    }
-
-    fn write(&self, word: u64, value: u32) {
-        // Four aligned bytes are one store. A journal that is too short forgets: there is no successor then either.
-        if let Some(room) = self.memory.room(self.base + 4 * word, 4) {
-            room.write_array(&value.to_le_bytes());
-        }
-    }
-
-    fn read(&self, word: u64) -> u32 {
-        let bytes = self.memory.segment(self.base + 4 * word, 4).and_then(|segment| segment.read());
-        bytes.map_or(0, u32::from_le_bytes)
-    }
-
-    fn set(&self, section: u32, value: u32) {
-        self.write(u64::from(MAX_CHANNELS) + u64::from(section), value);
-    }
-
-    fn get(&self, section: u32) -> u32 {
-        self.read(u64::from(MAX_CHANNELS) + u64::from(section))
-    }
-
-    /// Where channel `channel`'s ring to the guest ended before what is being written now.
-    pub(crate) fn set_position(&self, channel: u16, position: u32) {
-        self.write(u64::from(channel % MAX_CHANNELS), position);
-    }
-
-    fn position(&self, channel: u16) -> u32 {
-        self.read(u64::from(channel % MAX_CHANNELS))
-    }
-
-    fn set_round(&self, channel: u16, round: u32) {
-        self.write(
-            u64::from(MAX_CHANNELS) + u64::from(MAX_SECTIONS) + u64::from(channel % MAX_CHANNELS),
-            round,
-        );
-        compiler_fence(Ordering::SeqCst);
-    }
-
-    fn round(&self, channel: u16) -> Option<u32> {
-        let round = u64::from(MAX_CHANNELS) + u64::from(MAX_SECTIONS) + u64::from(channel % MAX_CHANNELS);
-        let word = self.read(round);
-        (word & ROUND != 0).then_some(word & !ROUND)
-    }
-
-    /// Once channel `channel`'s ring to the guest goes on from `ends.write`, all up to `ends.read` of the other is taken.
-    pub(crate) fn begin_round(&self, channel: u16, ends: Ends) {
-        // In this order: the last round's index is where the ring stands already.
-        self.set_position(channel, ends.write);
-        compiler_fence(Ordering::SeqCst);
-        self.set_round(channel, ends.read | ROUND);
-    }
-
-    /// The channel is new, or what its last round has done is known.
-    pub(crate) fn forget_round(&self, channel: u16) {
-        self.set_round(channel, 0);
-    }
-
-    /// Up to where the last round of `channel`, whose ring to the guest ends at `write`, has taken the other: `None` if
-    /// the guest has seen nothing of that round.
-    pub(crate) fn ended_round(&self, channel: u16, write: u32) -> Option<u32> {
-        self.round(channel).filter(|_| self.position(channel) != write)
-    }
 }
 
 /// The sections of one receive buffer.
@@ -405,9 +308,12 @@ impl Sections {
 
 #[cfg(test)]
 mod tests {
-    use vmq::memory::{Mapping, Region};
+    use std::sync::Arc;
+
+    use vmq::memory::{GuestMemory, Mapping, Region};
 
     use super::*;
+    use crate::journal::JOURNAL_BYTES;
 
     fn journal() -> Journal {
         let bytes = usize::try_from(JOURNAL_BYTES).unwrap();

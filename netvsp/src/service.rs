@@ -327,7 +327,11 @@ impl Session {
                     of != device
                 });
             }
-            FromVmm::Ready => self.nics().values().for_each(|(_, nic)| nic.ready()),
+            FromVmm::Ready => {
+                self.nics().values().for_each(|(_, nic)| nic.ready());
+                // What guests are to be told had to wait for it.
+                let _ = self.answers.send(Errand::Tick);
+            }
         }
         Ok(())
     }

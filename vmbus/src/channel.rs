@@ -1,8 +1,8 @@
 //! An open channel as a device sees it: two rings, a doorbell, an interrupt.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwapOption;
 use vmq::doorbell::{Doorbell, NotADoorbell};
@@ -96,6 +96,29 @@ pub enum InterruptError {
     Eventfd(#[from] NotADoorbell),
 }
 
+/// Whether the eventfds of a device's interrupts may be rung. One that makes us wait ([`Doorbell::is_broken`]) loses it for all
+/// channels that share it: its VMM has more of them, and retargets interrupts whenever it likes.
+#[derive(Debug, Clone, Default)]
+pub struct Trust(Arc<AtomicBool>);
+
+impl Trust {
+    /// True if no eventfd is rung any more.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Has no eventfd rung any more.
+    pub fn lose(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// The operator wants it tried again.
+    pub fn restore(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 /// Interrupts the guest for a channel. Clones go to the same target, also after it changes.
 ///
 /// Cost of a signal: one locked `or`, and a system call only if the guest has taken the last one.
@@ -103,6 +126,7 @@ pub enum InterruptError {
 pub struct Interrupt {
     memory: Arc<GuestMemory>,
     line: Arc<ArcSwapOption<Line>>,
+    trust: Trust,
 }
 
 #[derive(Debug)]
@@ -125,7 +149,30 @@ impl Interrupt {
 
     /// Interrupts that go nowhere, until they get a target.
     pub fn disabled(memory: &Arc<GuestMemory>) -> Self {
-        Self { memory: Arc::clone(memory), line: Arc::default() }
+        Self { memory: Arc::clone(memory), line: Arc::default(), trust: Trust::default() }
+    }
+
+    /// The same, rung only as long as `trust` is not lost.
+    #[must_use]
+    pub fn trusting(self, trust: &Trust) -> Self {
+        Self { trust: trust.clone(), ..self }
+    }
+
+    /// True if trust is lost: the guest is not interrupted any more.
+    #[inline]
+    pub fn is_dead(&self) -> bool {
+        self.trust.is_lost()
+    }
+
+    /// Takes an eventfd that made us wait for a good one again. It is set non-blocking anew.
+    pub fn revive(&self) {
+        let line = self.line.load_full().filter(|line| line.eventfd.is_broken());
+        let Some(line) = line else { return };
+        let again = line.eventfd.as_fd().try_clone_to_owned().ok();
+        let Some(eventfd) = again.and_then(|fd| Doorbell::from_peer(fd).ok()) else { return };
+        let mended = Arc::new(Line { flags: line.flags.clone(), bit: line.bit, eventfd });
+        // Unless it was retargeted meanwhile.
+        self.line.compare_and_swap(&line, Some(mended));
     }
 
     /// Sends interrupts to `target` from now on, and one at once: one that is being sent meanwhile goes to the old target,
@@ -175,10 +222,14 @@ impl Interrupt {
         let Some(line) = line.as_ref() else { return false };
         // Sequentially consistent: what the guest is to find is visible before the flag.
         let ring = line.flags.fetch_or(line.bit, Ordering::SeqCst) & line.bit == 0 || again;
-        if ring {
-            line.eventfd.ring();
+        if !ring || self.trust.is_lost() {
+            return false;
         }
-        ring
+        line.eventfd.ring();
+        if line.eventfd.is_broken() {
+            self.trust.lose();
+        }
+        true
     }
 }
 
@@ -257,6 +308,56 @@ mod tests {
             }
             sender.join().unwrap();
         });
+    }
+
+    /// Has what is written to `eventfd`, which was rung once, wait.
+    fn stop_up(eventfd: &Doorbell) {
+        rustix::io::ioctl_fionbio(eventfd, false).unwrap();
+        rustix::io::write(eventfd, &(u64::MAX - 2).to_ne_bytes()).unwrap();
+    }
+
+    /// Each costs its ringer up to a fifth of a second.
+    #[test]
+    fn eventfd_that_makes_a_signal_wait_is_the_last_one_of_its_device_that_is_rung() {
+        let memory = memory(1);
+        let (flags, trust) = (memory.word(0).unwrap(), Trust::default());
+        let interrupt = |number: u16| {
+            let (target, eventfd) = target(0, number);
+            (Interrupt::new(&memory, target).unwrap().trusting(&trust), eventfd)
+        };
+        let [(first, stopped), (second, good)] = [1, 2].map(interrupt);
+        assert!(first.signal());
+        stop_up(&stopped);
+        flags.store(0, Ordering::SeqCst);
+        // Rung, to no avail.
+        assert!(first.signal());
+        assert!(first.is_dead() && second.is_dead());
+        let (other, retargeted) = target(0, 3);
+        first.retarget(other).unwrap();
+        assert!(!retargeted.clear(), "where it is retargeted to");
+        assert!(!second.signal() && !good.clear(), "another channel's");
+        trust.restore();
+        second.signal_again();
+        assert!(good.clear() && !second.is_dead());
+    }
+
+    #[test]
+    fn eventfd_that_made_a_signal_wait_is_rung_again_when_it_is_revived() {
+        let memory = memory(1);
+        let (target, eventfd) = target(0, 1);
+        let interrupt = Interrupt::new(&memory, target).unwrap();
+        interrupt.signal_again();
+        stop_up(&eventfd);
+        interrupt.signal_again();
+        rustix::io::ioctl_fionbio(&eventfd, true).unwrap();
+        assert!(interrupt.is_dead() && eventfd.clear());
+        interrupt.trust.restore();
+        interrupt.signal_again();
+        assert!(interrupt.is_dead() && !eventfd.clear(), "it is not known to be mended");
+        interrupt.trust.restore();
+        interrupt.revive();
+        interrupt.signal_again();
+        assert!(!interrupt.is_dead() && eventfd.clear());
     }
 
     #[test]

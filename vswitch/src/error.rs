@@ -19,6 +19,12 @@ pub enum FabricError {
         /// Its name.
         name: String,
     },
+    /// The port waits for its disk on behalf of somebody else.
+    #[error("port `{port}` is being started already, and its disk has yet to answer")]
+    Starting {
+        /// Its name.
+        port: String,
+    },
     /// A value is out of range or contradicts another.
     #[error("{key}: {problem}")]
     Invalid {

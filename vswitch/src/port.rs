@@ -1,6 +1,6 @@
 //! What all queues of a port share: its name, its state, and who is told when something goes wrong.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +28,10 @@ pub enum PortEvent {
     /// The control plane is to end.
     Stop,
 }
+
+/// A fault that ends when the operator restarts the port, or when another guest begins; and one that only the operator ends.
+const FAULTED: u8 = 1;
+const FOR_GOOD: u8 = 2;
 
 /// Between two messages in the log about peers of one port: a peer causes as many as it likes.
 const QUIET: Duration = Duration::from_secs(10);
@@ -70,7 +74,8 @@ pub struct PortCore {
     pub taps: Taps,
     state: Mutex<PortState>,
     last_error: Mutex<LastError>,
-    faulted: AtomicBool,
+    /// [`FAULTED`], or [`FOR_GOOD`].
+    fault: AtomicU8,
     /// An event of the kind is on its way: a peer that repeats itself adds none.
     change_pending: AtomicBool,
     nudges_pending: AtomicU64,
@@ -96,7 +101,7 @@ impl PortCore {
             taps: Taps::default(),
             state: Mutex::new(PortState::Waiting(what)),
             last_error: Mutex::default(),
-            faulted: AtomicBool::new(false),
+            fault: AtomicU8::new(0),
             change_pending: AtomicBool::new(false),
             nudges_pending: AtomicU64::new(0),
             events,
@@ -106,7 +111,17 @@ impl PortCore {
     /// Stops the port: `reason` is shown until it is restarted. The first reason stays.
     #[cold]
     pub fn fault(&self, reason: impl std::fmt::Display) {
-        if self.faulted.swap(true, Ordering::SeqCst) {
+        self.fault_as(FAULTED, &reason);
+    }
+
+    /// As [`PortCore::fault`], whatever it was stopped for before: no peer that begins anew is to end that, but the operator.
+    #[cold]
+    pub fn fault_for_good(&self, reason: impl std::fmt::Display) {
+        self.fault_as(FOR_GOOD, &reason);
+    }
+
+    fn fault_as(&self, fault: u8, reason: &dyn std::fmt::Display) {
+        if self.fault.fetch_max(fault, Ordering::SeqCst) >= fault {
             return;
         }
         tracing::warn!(switch = %self.switch, port = %self.name, %reason, "port faulted");
@@ -117,14 +132,19 @@ impl PortCore {
     /// True from a fault until the restart.
     #[inline]
     pub fn is_faulted(&self) -> bool {
-        self.faulted.load(Ordering::Relaxed)
+        self.fault.load(Ordering::Relaxed) != 0
+    }
+
+    /// True from [`PortCore::fault_for_good`] until the restart.
+    pub fn is_faulted_for_good(&self) -> bool {
+        self.fault.load(Ordering::Relaxed) == FOR_GOOD
     }
 
     /// Ends a fault.
     pub fn clear_fault(&self, what: String) {
         *self.lock_state() = PortState::Waiting(what);
         self.lock_error().text = None;
-        self.faulted.store(false, Ordering::SeqCst);
+        self.fault.store(0, Ordering::SeqCst);
     }
 
     /// Changes the state that is shown, unless a fault is.

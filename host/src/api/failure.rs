@@ -31,7 +31,7 @@ pub enum Kind {
     Timeout,
     /// Something of that name exists.
     Exists,
-    /// The VM is in another state than the request needs.
+    /// The VM or the port is in another state than the request needs.
     State,
     /// The body is too long.
     TooLarge,
@@ -53,7 +53,7 @@ impl Kind {
             Self::Method => ("method", StatusCode::METHOD_NOT_ALLOWED, "method not allowed here"),
             Self::Timeout => ("timeout", StatusCode::REQUEST_TIMEOUT, "the request came too slowly"),
             Self::Exists => ("exists", StatusCode::CONFLICT, "exists already"),
-            Self::State => ("state", StatusCode::CONFLICT, "the VM is in another state"),
+            Self::State => ("state", StatusCode::CONFLICT, "not in this state"),
             Self::TooLarge => ("too-large", StatusCode::PAYLOAD_TOO_LARGE, "the request is too long"),
             Self::Invalid => ("invalid", StatusCode::UNPROCESSABLE_ENTITY, "a value does not do"),
             Self::Failed => ("failed", StatusCode::INTERNAL_SERVER_ERROR, "the host refused"),
@@ -74,6 +74,7 @@ impl From<FabricError> for Failure {
         let kind = match error {
             FabricError::NotFound { .. } => Kind::NotFound,
             FabricError::Exists { .. } => Kind::Exists,
+            FabricError::Starting { .. } => Kind::State,
             FabricError::Invalid { .. } => Kind::Invalid,
             FabricError::Failed { .. } => Kind::Failed,
         };

@@ -158,13 +158,16 @@ pub const GROUPS: &[Group] = &[
                 "switch.NAME.port.PORT.pcap.read",
                 "path",
                 "none",
-                "Capture (pcap or pcapng) whose frames enter the switch.",
+                "Capture (pcap or pcapng) whose frames enter the switch. Its disk must answer: the switch reads it as it \
+                 goes.",
             ),
             key(
                 "switch.NAME.port.PORT.pcap.write",
                 "path",
                 "none",
-                "pcapng file for the frames that leave the switch; those the disk is too slow for are counted (`capture-loss`).",
+                "pcapng file for the frames that leave the switch; those the disk is too slow for are counted \
+                 (`capture-loss`). A disk that does not answer keeps nothing but this port waiting: it cannot be restarted, \
+                 nor its file be written anew, until the disk has closed the file.",
             ),
             key(
                 "switch.NAME.port.PORT.pcap.pace",

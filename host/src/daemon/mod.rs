@@ -94,7 +94,8 @@ fn run(config: Config, worker: Option<PathBuf>) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(16)
+        // One for each request that waits: for a guest, a disk, or nobody.
+        .max_blocking_threads(64)
         .thread_name("control")
         .build()
         .context("the control plane cannot start")?;

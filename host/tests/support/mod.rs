@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub mod played;
+pub mod terminal;
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};

@@ -10,6 +10,7 @@ use vmq::Mac;
 use super::query::MAX_MULTICAST;
 use super::state::{Area, Session, State};
 use super::{MAX_BUFFER_BYTES, MIN_MTU, Nvsp, Statistics, rss};
+use crate::message::Waiting;
 
 /// Version of the saved form.
 const FORMAT: u32 = 1;
@@ -25,6 +26,8 @@ struct Saved {
     /// As they were when something else changed, or the process ended in order.
     #[serde(default)]
     statistics: Statistics,
+    #[serde(default)]
+    waiting: Waiting,
 }
 
 /// Why saved state was refused.
@@ -50,6 +53,7 @@ impl Nvsp {
             link_up: self.link.is_up(),
             state: self.state.clone(),
             statistics: self.statistics,
+            waiting: self.waiting.clone(),
         };
         // Cannot fail: no map, no foreign type. An empty answer would be refused by `restore`.
         serde_json::to_vec(&saved).unwrap_or_default()
@@ -57,15 +61,14 @@ impl Nvsp {
 
     /// What [`Nvsp::save`] says is kept.
     pub(crate) fn set_kept(&mut self) {
-        self.kept = Some((self.state.clone(), self.mac, self.link.is_up()));
+        self.kept = Some((self.state.clone(), self.mac, self.link.is_up(), self.waiting.clone()));
     }
 
     /// True if nothing but statistics has changed since.
     pub(crate) fn is_kept(&self) -> bool {
-        let kept = |(state, mac, up): &(State, Mac, bool)| {
-            *state == self.state && *mac == self.mac && *up == self.link.is_up()
-        };
-        self.kept.as_ref().is_some_and(kept)
+        self.kept.as_ref().is_some_and(|(state, mac, up, waiting)| {
+            *state == self.state && *mac == self.mac && *up == self.link.is_up() && *waiting == self.waiting
+        })
     }
 
     /// Takes up where the process that called [`Nvsp::save`] left off. A buffer whose mapping was under way is absent
@@ -89,6 +92,7 @@ impl Nvsp {
         self.mac = mac;
         self.link.set(saved.link_up);
         self.statistics = saved.statistics;
+        self.waiting = saved.waiting;
         self.state = state;
         Ok(())
     }

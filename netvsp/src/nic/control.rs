@@ -13,10 +13,12 @@ use vswitch::backend::GuestRss;
 
 use super::quiesce::Quiesce;
 use super::state::State;
-use crate::control::{DataPath, Nvsp, PacketFilter, Statistics};
+use crate::control::{DataPath, Effects, Nvsp, PacketFilter, Statistics};
+use crate::journal::MAX_SECTIONS;
+use crate::message::Waiting;
 use crate::queue::{Channel, Path, ReceivePath};
 use crate::receive::Form;
-use crate::sections::{MAX_CHAIN, MAX_SECTIONS, Sections};
+use crate::sections::{MAX_CHAIN, Sections};
 
 /// Machines that begin anew on a faulted port in a row, and how soon each of them is forgotten: a guest that does nothing
 /// but fault and boot is not to fill anybody's log.
@@ -35,8 +37,10 @@ pub(super) struct Control {
     pub(super) path: Arc<Path>,
     /// What channels that are closed have moved, and a predecessor's.
     pub(super) past: Statistics,
-    /// A predecessor's channels are still being told.
+    /// A predecessor's channels are still being told: nothing is sent to the guest.
     pub(super) resuming: bool,
+    /// Messages that a predecessor left, until the primary channel has them.
+    pub(super) left: Waiting,
     /// What a predecessor left cannot be read: none of its channels can be gone on with.
     pub(super) unread: bool,
     /// What the port was told last: whether the guest's driver is there, and how it wants frames spread.
@@ -83,7 +87,27 @@ impl Control {
         sum
     }
 
+    /// What a successor may have to write to the primary channel.
+    pub(super) fn waiting(&self) -> Waiting {
+        match self.channels.get(&0) {
+            Some(opened) if !self.resuming => opened.channel.waiting(),
+            _ => self.left.clone(),
+        }
+    }
+
+    /// What the guest is to be told by now.
+    pub(super) fn due(&mut self, now: Nanos) -> Effects {
+        if self.resuming { Effects::new() } else { self.nvsp.tick(now) }
+    }
+
     pub(super) fn save(&mut self) {
+        let waiting = self.waiting();
+        self.nvsp.set_waiting(waiting);
+        self.write();
+    }
+
+    /// Writes what is to be saved.
+    pub(super) fn write(&mut self) {
         let statistics = self.statistics();
         self.nvsp.set_statistics(statistics);
         let blob = self.nvsp.save();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vmbus::channel::Interrupt;
+use vmbus::channel::{InterruptError, InterruptTarget, Trust};
 use vmbus::handover::FromSwitch;
 use vmbus::pages::Pages;
 use vmq::frame::Accepts;
@@ -19,8 +19,10 @@ use super::quiesce::{LOOK, Quiesce};
 use super::state::State;
 use super::throttle::Throttle;
 use crate::control::{Buffer, Effect, Effects, NicConfig, Nvsp, Phase};
-use crate::queue::{Channel, Message, Path, QueueFault, Request, SendPath, Sink, Source};
-use crate::sections::{Ends, Journal, MAX_SECTIONS, Sections};
+use crate::journal::{Ends, Journal, MAX_CHANNELS, MAX_SECTIONS};
+use crate::message::{Message, Waiting};
+use crate::queue::{Channel, Path, QueueFault, Request, SendPath, Sink, Source};
+use crate::sections::Sections;
 
 /// How long memory that a burst is still using is waited for, in steps of [`STEP`]: a burst takes microseconds.
 const STEPS: u32 = 10_000;
@@ -34,6 +36,8 @@ pub(crate) struct Device {
     control: Mutex<Control>,
     /// This machine's guest has faulted the port; until it gave everything back, or the operator restarts the port.
     faulted: AtomicBool,
+    /// In the VMM, whose eventfds interrupts go to.
+    trust: Trust,
     throttle: Throttle,
     /// Held while channels are plugged into the switch or out of it, with what is known of them: one that is closed must
     /// not be plugged in by a restart that began before. Taken before `control`.
@@ -65,8 +69,13 @@ impl Device {
             tracing::warn!(device = number, %error, "adapter cannot be taken over");
         }
         let past = *nvsp.statistics();
+        let left = nvsp.take_waiting();
         // Another link is not another machine.
         let faulted = resumed && port.is_faulted();
+        let trust = Trust::default();
+        if port.is_faulted_for_good() {
+            trust.lose();
+        }
         Self {
             number,
             port,
@@ -80,12 +89,14 @@ impl Device {
                 path: Arc::default(),
                 past,
                 resuming: resumed,
+                left,
                 unread: restored.is_err(),
                 told: None,
                 quiesce: None,
                 pardons: 0,
             }),
             faulted: AtomicBool::new(faulted),
+            trust,
             throttle: Throttle::default(),
             plug: Mutex::default(),
             clock: Clock::default(),
@@ -101,7 +112,7 @@ impl Device {
     }
 
     pub(super) fn queues(&self) -> u16 {
-        self.port.queues().min(crate::sections::MAX_CHANNELS)
+        self.port.queues().min(MAX_CHANNELS)
     }
 
     pub(super) fn add_gpadl(&self, gpadl: u32, pages: Pages, most: usize) -> bool {
@@ -138,8 +149,23 @@ impl Device {
         }
     }
 
-    pub(super) fn interrupt(&self, index: u16) -> Option<Interrupt> {
-        self.control().channels.get(&index).map(|opened| opened.interrupt.clone())
+    pub(super) fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
+    /// Interrupts of a channel go elsewhere from now on.
+    pub(super) fn retarget(&self, index: u16, target: InterruptTarget) -> Result<(), InterruptError> {
+        let interrupt = self.control().channels.get(&index).map(|opened| opened.interrupt.clone());
+        let moved = interrupt.map_or(Ok(()), |interrupt| interrupt.retarget(target));
+        self.check_trust();
+        moved
+    }
+
+    /// Stops the adapter if an interrupt of it made us wait.
+    fn check_trust(&self) {
+        if self.trust.is_lost() {
+            self.fault_as(&QueueFault::InterruptBlocks);
+        }
     }
 
     /// Whether a channel may be opened over `rings`, which nobody has touched yet.
@@ -155,7 +181,10 @@ impl Device {
             return if control.unread || closed && used { Err(NicError::NotRestored(index)) } else { Ok(()) };
         }
         let refused = |control: &mut Control| {
-            index != 0 || self.faulted.load(Ordering::SeqCst) || !control.pardon(self.clock.now())
+            index != 0
+                || self.port.is_faulted_for_good()
+                || self.faulted.load(Ordering::SeqCst)
+                || !control.pardon(self.clock.now())
         };
         if self.port.is_faulted() && refused(&mut control) {
             // Nobody would answer: a guest that is refused says so, and does not wait for ever.
@@ -189,12 +218,13 @@ impl Device {
 
     /// The guest begins anew. A predecessor that died while the primary channel was closed has left what was before.
     fn begin(&self, control: &mut Control) {
-        if self.port.is_faulted() && !self.faulted.load(Ordering::SeqCst) {
+        let pardoned = !self.faulted.load(Ordering::SeqCst) && !self.port.is_faulted_for_good();
+        if self.port.is_faulted() && pardoned {
             // Another machine, or one that was reset, does not answer for what was before.
             self.port.recover();
             control.told = None;
         }
-        (control.unread, control.resuming) = (false, false);
+        (control.unread, control.resuming, control.left) = (false, false, Waiting::default());
         let effects = control.nvsp.channel_closed(0);
         self.carry_out(control, effects, None);
         control.state.clear();
@@ -223,7 +253,7 @@ impl Device {
             }
             self.resume(&mut control);
             let subchannels = control.nvsp.data_path().subchannels;
-            let mut effects = Effects::new();
+            let mut effects = control.due(self.clock.now());
             for index in 1..=subchannels {
                 // Nor do we know of channels that were opened or closed meanwhile.
                 effects.extend(match control.channels.contains_key(&index) {
@@ -242,13 +272,17 @@ impl Device {
         indices.into_iter().for_each(|index| self.connect(index, &plug));
     }
 
-    /// Finds where the channels stand, and the sections that the guest has.
+    /// Finds where the channels stand, the sections that the guest has, and the messages that it has not.
     fn resume(&self, control: &mut Control) {
         let ends: BTreeMap<u16, Ends> = control
             .channels
             .iter_mut()
             .filter_map(|(&index, opened)| Some((index, opened.channel.resume(opened.incoming.as_mut()?))))
             .collect();
+        let left = std::mem::take(&mut control.left);
+        if let (Some(primary), Some(&ends)) = (control.channels.get(&0), ends.get(&0)) {
+            primary.channel.succeed(left, ends);
+        }
         let journal = control.state.journal();
         if let Some(receive) = control.nvsp.data_path().receive {
             let count = receive.sections.min(MAX_SECTIONS);
@@ -257,6 +291,7 @@ impl Device {
         }
         ends.keys().for_each(|&index| journal.forget_round(index));
         self.rebuild(control);
+        self.check_trust();
     }
 
     /// The operator restarts the port: channels go on where their rings stand, as a successor's would. What was taken out
@@ -265,8 +300,14 @@ impl Device {
         let plug = self.plug();
         self.disconnect(&plug);
         self.faulted.store(false, Ordering::SeqCst);
+        self.trust.restore();
         let mut control = self.control();
         control.told = None;
+        if control.resuming {
+            // They are connected when all is told.
+            return;
+        }
+        control.left = control.waiting();
         let journal = control.state.journal();
         let again: Result<Vec<(u16, Opened)>, NicError> = control
             .channels
@@ -300,6 +341,7 @@ impl Device {
         let effects = control.nvsp.channel_closed(index);
         self.carry_out(&mut control, effects, None);
         if index == 0 {
+            control.left = Waiting::default();
             control.state.clear();
         } else {
             control.save();
@@ -340,7 +382,8 @@ impl Device {
     }
 
     fn plug_cable(&self, control: &mut Control, up: bool) {
-        let effects = control.nvsp.link(up, self.clock.now());
+        control.nvsp.set_link(up);
+        let effects = control.due(self.clock.now());
         self.carry_out(control, effects, None);
         self.rebuild(control);
         control.save();
@@ -358,7 +401,10 @@ impl Device {
     pub(super) fn tick(&self) -> Option<Duration> {
         let mut control = self.control();
         let now = self.clock.now();
-        let effects = control.nvsp.tick(now);
+        if control.resuming {
+            return None;
+        }
+        let effects = control.due(now);
         if !effects.is_empty() {
             self.carry_out(&mut control, effects, None);
             control.save();
@@ -452,7 +498,7 @@ impl Device {
             // Its source sends it later, and may be asleep.
             Some(Ok(false)) => self.port.nudge(to),
             // The ring is of no use; whoever polls it finds out as well.
-            Some(Err(fault)) => self.fault(&fault),
+            Some(Err(fault)) => self.fault_as(&fault),
         }
     }
 
@@ -502,10 +548,18 @@ impl Device {
         }
     }
 
+    /// As [`Device::fault`]. What the VMM did does not end with its guest, nor with the adapter: it would do it again.
+    fn fault_as(&self, fault: &QueueFault) {
+        if matches!(fault, QueueFault::InterruptBlocks) {
+            self.port.fault_for_good(fault);
+        }
+        self.fault(fault);
+    }
+
     /// A queue cannot go on.
     #[cold]
     pub(crate) fn faulted(&self, fault: QueueFault) -> BackendFault {
-        self.fault(&fault);
+        self.fault_as(&fault);
         Box::new(fault)
     }
 }
@@ -558,10 +612,13 @@ impl Adapter<'_> {
         Ok(answer)
     }
 
-    /// Saves what a successor must know, if it has changed.
-    pub(crate) fn keep(&mut self) {
+    /// Saves what a successor must know, if it has changed. `waiting` is what may wait on the primary channel, if that is the
+    /// one that is locked.
+    pub(crate) fn keep(&mut self, waiting: Option<Waiting>) {
+        let waiting = waiting.unwrap_or_else(|| self.control.waiting());
+        self.control.nvsp.set_waiting(waiting);
         if !self.control.nvsp.is_kept() {
-            self.control.save();
+            self.control.write();
         }
     }
 }

@@ -23,8 +23,8 @@ use vmq::memory::{GuestMemory, Mapping};
 use vswitch::backend::{BackendEvent, BackendPort};
 
 use crate::control::NicConfig;
+use crate::journal::Journal;
 use crate::queue::Channel;
-use crate::sections::Journal;
 
 use control::Opened;
 pub(crate) use device::{Answer, Device};
@@ -154,12 +154,12 @@ impl Nic {
             return Err(NicError::NoSuchQueue { index, queues });
         }
         let rings = self.device.pages(gpadl).ok_or(NicError::NoSuchGpadl { index, gpadl })?;
-        let interrupt = Interrupt::new(memory, target)?;
+        let interrupt = Interrupt::new(memory, target)?.trusting(self.device.trust());
         let doorbell = Arc::new(Doorbell::from_peer(doorbell)?);
         self.device.admit(index, &rings, resumed)?;
         let journal = self.device.journal();
         if !resumed {
-            journal.forget_round(index);
+            journal.forget(index);
         }
         let opened = Opened::new(index, rings, downstream_page, doorbell, interrupt, !resumed, journal)?;
         self.device.open(opened, resumed);
@@ -176,7 +176,7 @@ impl Nic {
     /// # Errors
     /// The guest's event flags are not in its memory: they go where they went.
     pub fn retarget(&self, index: u16, target: InterruptTarget) -> Result<(), InterruptError> {
-        self.device.interrupt(index).map_or(Ok(()), |interrupt| interrupt.retarget(target))
+        self.device.retarget(index, target)
     }
 
     /// All that a predecessor served has been told: go on.
@@ -233,9 +233,7 @@ impl Opened {
     /// The same channel, read and written on from where its rings stand.
     fn again(&self, index: u16, journal: Journal) -> Result<Self, NicError> {
         let (rings, doorbell) = (self.rings.clone(), Arc::clone(&self.doorbell));
-        let again =
-            Self::new(index, rings, self.downstream_page, doorbell, self.interrupt.clone(), false, journal)?;
-        again.channel.succeed(&self.channel);
-        Ok(again)
+        self.interrupt.revive();
+        Self::new(index, rings, self.downstream_page, doorbell, self.interrupt.clone(), false, journal)
     }
 }

@@ -1,7 +1,7 @@
 //! What the switch must remember of an adapter over its own restart, in a memfd that the VMM keeps for it.
 //!
 //! The first half holds what was negotiated, as a blob, in two places written in turn, each with sequence number, length
-//! and checksum: a switch that dies while it writes one leaves the other. Behind it lies the journal of receive sections.
+//! and checksum: a switch that dies while it writes one leaves the other. Behind it lies the data path's journal.
 //! The file passed through another process, so that nothing in it is believed before it is checked.
 
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use vmq::memory::{GuestMemory, Mapping, Region};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::sections::{JOURNAL_BYTES, Journal};
+use crate::journal::{JOURNAL_BYTES, Journal};
 
 /// Bytes of one place.
 const PLACE: u64 = 128 * 1024;
@@ -62,7 +62,7 @@ impl State {
         self.sequence
     }
 
-    /// The journal of receive sections.
+    /// The data path's journal.
     pub(crate) fn journal(&self) -> Journal {
         Journal::new(Arc::clone(&self.memory), JOURNAL)
     }

@@ -8,16 +8,17 @@
 //! if one did, writes its answer and the completions, a whole burst's at once, and only when all of them are in the ring
 //! gives the guest its room back. A switch that is killed has thus lost nothing that it took, and a guest that does not read
 //! its completions stops sending, and nobody else. Nor has it done anything twice: see the journal in [`crate::sections`].
+//! Only a reply for which the guest has no section is not waited for: it is left to a successor ([`outbox`]).
 //!
 //! Cost of a burst: one lock of the source's and one of each sink's, one fence each. Cost of a frame sent: one copy of its
 //! ring packet and of its RNDIS header, one completion of 64 bytes. Cost of a frame received: 124 bytes of header at most,
 //! the one copy of the frame, 8 bytes of range.
 
+mod outbox;
 mod sink;
 mod source;
 mod traffic;
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,11 +28,14 @@ use vmbus::ring::{Incoming, Outgoing, PacketHeader, PacketKind, RingFault, Trans
 use vmq::doorbell::Doorbell;
 use vmq::frame::Accepts;
 
+use crate::journal::{Ends, Journal};
+use crate::message::{Message, Waiting};
 use crate::protocol::nvsp;
 use crate::receive::Form;
-use crate::sections::{Ends, Journal, NotOutstanding, Sections, Stock};
+use crate::sections::{NotOutstanding, Sections, Stock};
 use crate::transmit::TransmitFault;
 
+use outbox::Outbox;
 pub(crate) use sink::Sink;
 pub(crate) use source::{Request, Source};
 pub(crate) use traffic::{Moved, Traffic};
@@ -83,6 +87,9 @@ pub enum QueueFault {
     /// The guest's memory file was cut short.
     #[error("guest memory is gone: its file was cut short")]
     MemoryLost,
+    /// The VMM made the eventfd of an interrupt one that makes us wait ([`vmbus::channel::Trust`]).
+    #[error("the eventfd of the guest's interrupt was full and blocking")]
+    InterruptBlocks,
 }
 
 impl From<WriteError> for QueueFault {
@@ -138,38 +145,22 @@ pub(crate) struct Path {
     pub(crate) accepts: Accepts,
 }
 
-/// What has to reach the guest, sooner or later.
-#[derive(Debug)]
-pub(crate) enum Message {
-    /// The answer to a request.
-    Completion(u64, Vec<u8>),
-    /// An NVSP message of ours.
-    InBand(Vec<u8>),
-    /// An RNDIS control message, in a receive section.
-    Control(Vec<u8>),
-}
-
 /// Bytes of a packet in the ring but for its payload: descriptor and trailer.
 const AROUND: usize = 16 + 8;
 
 /// Bytes that a completion takes in the ring.
 const COMPLETION_BYTES: usize = AROUND + nvsp::MESSAGE_BYTES;
 
-impl Message {
-    /// Bytes that it takes in the ring.
-    fn ring_bytes(&self) -> usize {
-        match self {
-            Self::Completion(_, payload) | Self::InBand(payload) => {
-                AROUND + payload.len().next_multiple_of(8)
-            }
-            // A header of 8 bytes more, and one range.
-            Self::Control(_) => COMPLETION_BYTES + 8 + size_of::<TransferRange>(),
+/// Bytes that a message takes in the ring.
+fn ring_bytes(message: &Message) -> usize {
+    match message {
+        Message::Completion(_, payload) | Message::InBand(payload) => {
+            AROUND + payload.len().next_multiple_of(8)
         }
+        // A header of 8 bytes more, and one range.
+        Message::Control(_) => COMPLETION_BYTES + 8 + size_of::<TransferRange>(),
     }
 }
-
-/// Messages that wait for the guest at most. More are made only by one that reads none.
-const MAX_PENDING: usize = 256;
 
 /// What became of messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,7 +184,7 @@ pub(crate) struct Half {
     path: Arc<Path>,
     /// Free sections at hand.
     stock: Stock,
-    pending: VecDeque<Message>,
+    outbox: Outbox,
     /// The packet that is being made.
     ranges: Vec<TransferRange>,
     chain: Vec<u32>,
@@ -221,26 +212,31 @@ impl Half {
             receive.sections.release_channel(self.index, &mut self.stock);
         }
         self.path = Arc::default();
-        self.pending.clear();
-    }
-
-    /// Has `message` written when [`Half::flush`] finds room.
-    fn queue(&mut self, message: Message) {
-        if self.pending.len() < MAX_PENDING {
-            self.pending.push_back(message);
-        }
+        self.outbox.clear();
     }
 
     /// Writes what waits, as far as it goes.
     fn flush(&mut self) -> Result<Written, QueueFault> {
-        while let Some(message) = self.pending.pop_front() {
-            let written = self.write(&message)?;
-            if written != Written::Whole {
-                self.pending.push_front(message);
-                return Ok(written);
+        while let Some(message) = self.outbox.take() {
+            let written = self.write(&message);
+            if !matches!(written, Ok(Written::Whole)) {
+                self.outbox.put_back(message);
+                return written;
             }
+            self.note_position();
+            self.outbox.written(message);
         }
         Ok(Written::Whole)
+    }
+
+    /// Writes down where the ring ends until all that is unpublished appears at once.
+    fn note_position(&self) {
+        self.journal.set_position(self.index, self.position.load(Ordering::Relaxed));
+    }
+
+    /// What a successor may have to write, if it is here that it is to be found.
+    pub(crate) fn waiting(&self) -> Option<Waiting> {
+        (self.index == 0).then(|| self.outbox.to_keep())
     }
 
     fn write(&mut self, message: &Message) -> Result<Written, QueueFault> {
@@ -284,8 +280,7 @@ impl Half {
     fn write_packet(&mut self, receive: &ReceivePath, control: bool) -> Result<bool, QueueFault> {
         let Some(&first) = self.chain.first() else { return Ok(true) };
         if self.unpublished.is_empty() {
-            // Where the ring ends until all that is unpublished appears at once.
-            self.journal.set_position(self.index, self.position.load(Ordering::Relaxed));
+            self.note_position();
         }
         receive.sections.occupy(self.index, &self.chain);
         let header = PacketHeader {
@@ -316,6 +311,7 @@ impl Half {
             self.unpublished.iter().for_each(|&first| receive.sections.published(first));
         }
         self.unpublished.clear();
+        self.outbox.published();
         signal
     }
 }
@@ -352,10 +348,10 @@ impl Channel {
             outgoing,
             // The write index is the control page's first word.
             position: ring.word(0)?,
+            outbox: Outbox::new(index, &journal),
             journal,
             path: Arc::default(),
             stock: Stock::new(),
-            pending: VecDeque::new(),
             ranges: Vec::new(),
             chain: Vec::new(),
             unpublished: Vec::new(),
@@ -385,32 +381,45 @@ impl Channel {
     /// Sends `message` as soon as there is room. False if that is not now: the source must be polled.
     pub(crate) fn send(&self, message: Message) -> Result<bool, QueueFault> {
         let mut half = self.half();
-        half.queue(message);
+        half.outbox.push(message);
+        half.outbox.owe();
         half.flush()?;
-        self.show(&mut half);
+        let signal = half.publish();
         self.note_pending(&half);
-        Ok(half.pending.is_empty())
+        let all = half.outbox.is_empty();
+        drop(half);
+        self.interrupt_if(signal)?;
+        Ok(all)
     }
 
-    /// What waits for the guest at `old`, which nobody polls any more, waits here.
-    pub(crate) fn succeed(&self, old: &Self) {
-        let pending = std::mem::take(&mut old.half().pending);
+    /// What a successor may have to write of the primary channel's.
+    pub(crate) fn waiting(&self) -> Waiting {
+        self.half().waiting().unwrap_or_default()
+    }
+
+    /// What a predecessor left waits here, as far as it is for us to write. The rings stand at `ends`.
+    pub(crate) fn succeed(&self, left: Waiting, ends: Ends) {
         let mut half = self.half();
-        half.pending = pending;
+        let shown = half.journal.position(self.index) != ends.write;
+        let over = half.journal.round(self.index) == Some(ends.read);
+        half.outbox.succeed(left, shown, over);
         self.note_pending(&half);
     }
 
     fn note_pending(&self, half: &Half) {
-        self.pending.store(!half.pending.is_empty(), Ordering::Relaxed);
+        self.pending.store(!half.outbox.is_empty(), Ordering::Relaxed);
     }
 
-    /// Publishes what was written; true if the guest was interrupted.
-    fn show(&self, half: &mut Half) -> bool {
-        let signal = half.publish();
-        if signal {
+    /// Interrupts the guest if it is to be.
+    #[inline]
+    fn interrupt_if(&self, wanted: bool) -> Result<(), QueueFault> {
+        if wanted {
             self.interrupt.signal();
+            if self.interrupt.is_dead() {
+                return Err(QueueFault::InterruptBlocks);
+            }
         }
-        signal
+        Ok(())
     }
 
     /// Bytes of the ring to the guest.
@@ -421,7 +430,7 @@ impl Channel {
     /// True if the guest has read all that there is for it.
     pub(crate) fn is_read(&self) -> bool {
         let half = self.half();
-        half.pending.is_empty() && half.outgoing.is_read()
+        half.outbox.is_empty() && half.outgoing.is_read()
     }
 
     /// Goes on where a predecessor stopped, which may have been between two stores that end a round. Where the rings stand

@@ -56,7 +56,11 @@ impl FrameSink for Sink {
             return Err(self.device.faulted(QueueFault::MemoryLost));
         }
         put.map_err(|fault| self.device.faulted(fault))?;
-        Ok(self.channel.show(&mut half))
+        let signal = half.publish();
+        // An interrupt may make us wait: nobody else, then.
+        drop(half);
+        let interrupted = self.channel.interrupt_if(signal);
+        interrupted.map(|()| signal).map_err(|fault| self.device.faulted(fault))
     }
 }
 

@@ -14,10 +14,12 @@ use vswitch::DropReason;
 use vswitch::backend::{BackendFault, FrameSource};
 use vswitch::tally::Tally;
 
-use super::{COMPLETION_BYTES, Channel, Half, Message, Moved, Path, QueueFault, Written};
+use super::{COMPLETION_BYTES, Channel, Half, Moved, Path, QueueFault, Written, ring_bytes};
+use crate::journal::Ends;
+use crate::message::Message;
 use crate::nic::{Answer, Device};
 use crate::protocol::{nvsp, rndis};
-use crate::sections::{Ends, Sections};
+use crate::sections::Sections;
 use crate::transmit::{self, Bytes, PIECES, Slot};
 
 /// Ring packets taken at once, so that a flood of completions or control messages is no burst without end.
@@ -173,7 +175,10 @@ impl Source {
         let replies = answer.as_mut().map(|answer| &mut answer.replies);
         let all = half.flush()? != Written::NoRoom && half.fits(replies.as_deref(), done.len());
         if all && *taken {
-            replies.into_iter().flat_map(|replies| replies.drain(..)).for_each(|reply| half.queue(reply));
+            replies
+                .into_iter()
+                .flat_map(|replies| replies.drain(..))
+                .for_each(|reply| half.outbox.push(reply));
             half.flush()?;
             let message = nvsp::rndis_complete(nvsp::Status::Success);
             for &transaction in &*done {
@@ -183,12 +188,13 @@ impl Source {
             half.begin_round(incoming.mark().index(), back, owner.as_ref());
             if let Some(adapter) = &mut adapter {
                 // A successor that finds it saved and not answered takes the request again: right before the answer.
-                adapter.keep();
+                adapter.keep(half.waiting());
             }
         }
         let mut signal = half.publish();
         if all && *taken {
             signal |= incoming.commit();
+            half.outbox.end_round();
             *taken = false;
             half.release(back, owner.take());
             half.flush()?;
@@ -197,13 +203,11 @@ impl Source {
         channel.note_pending(&half);
         drop(half);
         drop(adapter);
-        if signal {
-            channel.interrupt.signal();
-        }
+        let interrupted = channel.interrupt_if(signal);
         if let Some(answered) = answer.take_if(|_| !*taken) {
             device.answered(&answered);
         }
-        if memory.lost() { Err(QueueFault::MemoryLost) } else { Ok(signal) }
+        if memory.lost() { Err(QueueFault::MemoryLost) } else { interrupted.map(|()| signal) }
     }
 }
 
@@ -211,7 +215,7 @@ impl Half {
     /// Bytes that the first message that waits, `replies` and so many completions take in the ring.
     pub(super) fn wanted(&self, replies: Option<&Vec<Message>>, completions: usize) -> usize {
         let replies = replies.into_iter().flatten();
-        let messages = self.pending.front().into_iter().chain(replies).map(Message::ring_bytes);
+        let messages = self.outbox.first().into_iter().chain(replies).map(ring_bytes);
         messages.sum::<usize>() + completions * COMPLETION_BYTES
     }
 
@@ -226,6 +230,7 @@ impl Half {
     pub(super) fn begin_round(&mut self, read: u32, back: &[u32], owner: Option<&Arc<Sections>>) {
         let write = self.position.load(Ordering::Relaxed);
         self.journal.begin_round(self.index, Ends { write, read });
+        self.outbox.begin_round();
         if let Some(owner) = owner.filter(|owner| self.uses(owner)) {
             owner.returned(back);
         }

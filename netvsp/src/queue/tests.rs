@@ -10,8 +10,8 @@ use vswitch::tally::Tally;
 
 use super::*;
 use crate::control::NicConfig;
+use crate::journal::JOURNAL_BYTES;
 use crate::nic::Nic;
-use crate::sections::JOURNAL_BYTES;
 use crate::vsc::rig::{Rig, address};
 
 fn memory(bytes: u64) -> Arc<GuestMemory> {
@@ -80,7 +80,7 @@ fn path(sections: &Arc<Sections>) -> Arc<Path> {
         rsc: false,
         rss: None,
     };
-    let pages = Pages::new(&memory(4096), &[0]).unwrap();
+    let pages = Pages::new(&memory(3 << 12), &[0, 1, 2]).unwrap();
     let receive = ReceivePath { pages, id: 1, sections: Arc::clone(sections), most: 1, form };
     Arc::new(Path { receive: Some(receive), ..Path::default() })
 }
@@ -159,6 +159,76 @@ fn sections_of_a_round_that_is_over_are_free_for_a_successor_and_busy_before() {
     }
 }
 
+fn reply(number: u8) -> Message {
+    Message::Control(vec![number; 40])
+}
+
+/// What a successor has to write of what is `left`.
+fn succeed(rings: &Fixture, left: Waiting) -> Vec<Message> {
+    let channel = rings.channel();
+    let ends = channel.resume(&mut rings.incoming());
+    channel.succeed(left, ends);
+    rings.journal.forget_round(0);
+    channel.waiting().messages
+}
+
+/// One message waits from before; the request that is taken has two replies. The guest has sections for `free` of them.
+#[test]
+fn message_that_waits_is_left_to_a_successor_unless_the_guest_sees_it_or_its_request_comes_again() {
+    for (free, completed) in [(0, false), (0, true), (1, false), (1, true), (2, true), (3, false)] {
+        for killed in 0..5 {
+            let rings = Fixture::new();
+            rings.send(1);
+            let (channel, mut incoming) = (rings.channel(), rings.incoming());
+            let sections = Arc::new(Sections::new(6, rings.journal.clone()));
+            channel.set_path(&path(&sections));
+            let (mut busy, mut buffer) = (Vec::new(), ring::PacketBuffer::new());
+            assert!(sections.fill_reserved(&mut busy, 6));
+            assert!(!channel.send(reply(0)).unwrap());
+            let mut left = channel.waiting();
+            sections.release(&mut busy[..free].to_vec(), &mut Vec::new());
+
+            incoming.next(&mut buffer).unwrap().unwrap();
+            let mut half = channel.half();
+            [1, 2].into_iter().for_each(|number| half.outbox.push(reply(number)));
+            half.flush().unwrap();
+            if completed {
+                half.outgoing.write(&PacketHeader::completion(0), &[&[0; 40]]).unwrap();
+            }
+            half.begin_round(incoming.mark().index(), &[], None);
+            if killed > 0 {
+                left = half.waiting().unwrap();
+            }
+            if killed > 1 {
+                half.publish();
+            }
+            if killed > 2 {
+                incoming.commit();
+            }
+            if killed > 3 {
+                half.outbox.end_round();
+            }
+            drop(half);
+
+            let is_over = killed > 2 || killed > 1 && (completed || free > 0);
+            let (from, to) = (if killed > 1 { free } else { 0 }, if is_over { 3 } else { 1 });
+            let expected: Vec<Message> = (0..3).map(reply).take(to).skip(from).collect();
+            for _ in 0..2 {
+                assert_eq!(succeed(&rings, left.clone()), expected, "{free} {completed} {killed}");
+            }
+        }
+    }
+}
+
+#[test]
+fn messages_left_by_one_who_lies_are_as_many_as_may_wait_at_most() {
+    let rings = Fixture::new();
+    for after in [0, 1, 5, u32::MAX, 1 << 31] {
+        let waiting = Waiting { after, messages: vec![reply(7); 1000] };
+        assert!(succeed(&rings, waiting).len() < 100, "{after}");
+    }
+}
+
 #[test]
 fn sections_of_a_buffer_that_is_no_more_are_not_given_to_the_next_one() {
     let rings = Fixture::new();
@@ -185,7 +255,7 @@ fn room_is_asked_for_the_message_that_waits_and_not_for_completions_only() {
     }
     half.publish();
     assert!(half.outgoing.room(COMPLETION_BYTES));
-    half.queue(Message::InBand(vec![0; 128]));
+    half.outbox.push(Message::InBand(vec![0; 128]));
     assert_eq!(half.flush().unwrap(), Written::NoRoom);
     let wanted = half.wanted(None, 0);
     assert!(!half.outgoing.wait_for_room(wanted));

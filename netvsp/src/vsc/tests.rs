@@ -13,6 +13,7 @@ use super::*;
 mod anew;
 mod granted;
 mod hostile;
+mod interrupts;
 mod known;
 mod large;
 mod life;
@@ -21,6 +22,7 @@ mod resumed;
 mod rounds;
 mod storm;
 mod succession;
+mod waiting;
 
 /// A stack waits a second and more for what was lost while nobody served its guest.
 const TIMEOUT: Duration = Duration::from_secs(90);

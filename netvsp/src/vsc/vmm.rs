@@ -91,6 +91,11 @@ impl Vmm {
         self.connection.send(&FromVmm::Hello { version: handover::VERSION })?;
         let regions = vec![MemoryRegion { gpa: 0, len: self.bytes, offset: 0 }];
         self.connection.send(&FromVmm::Memory { regions, fd: self.file.try_clone()? })?;
+        self.plug(resumed)
+    }
+
+    /// Tells the switch of the adapter.
+    pub(super) fn plug(&self, resumed: bool) -> Result<(), VscError> {
         let name = self.name.clone();
         let state = self.state.try_clone()?;
         let instance = Guid::default();
@@ -296,6 +301,30 @@ impl Vmm {
         crate::nic::State::new(Arc::new(mapping)).unwrap()
     }
 
+    /// What was saved of it last, without the journal.
+    #[cfg(test)]
+    pub(super) fn saved(&self) -> Vec<u8> {
+        let mut bytes = vec![0; 256 * 1024];
+        assert_eq!(rustix::io::pread(&self.state, &mut bytes, 0), Ok(bytes.len()));
+        bytes
+    }
+
+    /// Has that as it was: the switch that has saved more since was killed before.
+    #[cfg(test)]
+    pub(super) fn put_back(&self, saved: &[u8]) {
+        assert_eq!(rustix::io::pwrite(&self.state, saved, 0), Ok(saved.len()));
+    }
+
+    /// Has a channel's interrupts go to `eventfd`, which is to be handed over as it is.
+    #[cfg(test)]
+    pub(super) fn retarget(&mut self, index: u16, eventfd: &Doorbell) -> Result<(), VscError> {
+        let open = self.channels.get_mut(&index).ok_or(VscError::Closed)?;
+        open.interrupt = eventfd.as_fd().try_clone_to_owned()?;
+        let target = open.target(index)?;
+        self.connection.send(&FromVmm::Retarget { device: DEVICE, index, vp: 0, target })?;
+        self.hear(|heard| matches!(heard, FromSwitch::Retargeted { index: it, .. } if *it == index)).map(drop)
+    }
+
     /// True if the switch has said something that nobody asked for yet.
     #[cfg(test)]
     pub fn is_told(&self) -> bool {
@@ -354,17 +383,20 @@ fn grant(gpadl: u32, pfns: Vec<u64>) -> FromVmm {
 }
 
 impl Open {
+    fn target(&self, index: u16) -> Result<InterruptTarget, VscError> {
+        let eventfd = self.interrupt.try_clone()?;
+        Ok(InterruptTarget { flags_gpa: FLAGS_GPA, flag: relid(index), eventfd })
+    }
+
     fn message(&self, index: u16, resumed: bool) -> Result<FromVmm, VscError> {
-        let flag = relid(index);
-        let target = InterruptTarget { flags_gpa: FLAGS_GPA, flag, eventfd: self.interrupt.try_clone()? };
         Ok(FromVmm::Open {
             device: DEVICE,
             index,
-            relid: flag.into(),
+            relid: relid(index).into(),
             gpadl: self.gpadl,
             downstream_page: self.downstream_page,
             vp: 0,
-            target,
+            target: self.target(index)?,
             doorbell: self.doorbell.try_clone()?,
             resumed,
         })

@@ -9,7 +9,7 @@ use super::{DirtyLog, GuestMemory, Mapping};
 /// A little-endian 32-bit word in guest memory, kept mapped by this value.
 ///
 /// Every access is atomic, and every change is marked in the dirty log that the memory had when the word was made.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct SharedWord {
     cell: NonNull<AtomicU32>,
     gpa: u64,

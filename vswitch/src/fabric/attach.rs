@@ -9,7 +9,6 @@ use vmq::worker::Clock;
 use crate::error::FabricError;
 use crate::port::PortCore;
 use crate::ports::device::{DeviceQueue, tap, uplink};
-use crate::ports::file::{FileSink, FileSource, WhenFull};
 use crate::ports::vhost_user::server::{self, Control, EndpointId, PortEndpoint};
 use crate::ports::vhost_user::session::SessionConfig;
 use crate::queue::{Sink, Source};
@@ -85,7 +84,8 @@ impl Attachment {
             Self::VhostUser { mode: SocketMode::Client, .. } => "the socket to appear".into(),
             Self::Synthetic { .. } => "the guest's driver".into(),
             Self::Legacy { .. } => "its VM to start".into(),
-            _ => "its device or file".into(),
+            Self::Pcap { .. } => "its disk to answer".into(),
+            Self::Tap { .. } | Self::Uplink { .. } => "its device".into(),
         }
     }
 }
@@ -166,41 +166,6 @@ pub(super) fn device(port: &Port) -> Result<(), FabricError> {
     Ok(())
 }
 
-/// Opens the file that a pcap port plays, if it plays one.
-pub(super) fn played_file(port: &Port) -> Result<Option<FileSource>, FabricError> {
-    let Attachment::Pcap { read: Some(path), pace, repeat, .. } = &port.spec.attachment else {
-        return Ok(None);
-    };
-    let file = FileSource::open(path, *pace, *repeat)
-        .map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))?;
-    Ok(Some(file))
-}
-
-/// Makes the file that a pcap port writes, if it writes one. `epoch` is the wall-clock time at the clock's zero.
-pub(super) fn written_file(port: &Port, epoch: u64, when_full: WhenFull) -> Result<(), FabricError> {
-    let Attachment::Pcap { write: Some(path), .. } = &port.spec.attachment else { return Ok(()) };
-    let file = FileSink::create(path, &port.core.name, epoch, true, when_full)
-        .map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))?;
-    if let (Some(sink), Some((_, source))) = (port.sinks.first(), port.sources.first()) {
-        sink.swap(Sink::File(Box::new(file)));
-        source.note_drops_in(sink);
-    }
-    Ok(())
-}
-
-fn files(port: &Port, epoch: u64) -> Result<(), FabricError> {
-    if !matches!(port.spec.attachment, Attachment::Pcap { .. }) {
-        return Ok(());
-    }
-    let played = played_file(port)?;
-    written_file(port, epoch, WhenFull::Lose)?;
-    port.core.set_state(PortState::Up);
-    if let (Some(file), Some((_, source))) = (played, port.sources.first()) {
-        source.swap(Source::File(Box::new(file)));
-    }
-    Ok(())
-}
-
 impl Fabric {
     /// Gives the port's device the MTU, or its next client. A device that was handed over keeps the one it has until the
     /// port is restarted.
@@ -224,13 +189,17 @@ impl Fabric {
             .map_err(|error| FabricError::failed(format!("setting the MTU of device `{name}`"), error))
     }
 
-    /// Connects a port that was just made, or that is restarted.
+    /// Connects a port that was just made, or that is restarted. Those of a pcap port are connected when they are open.
     pub(super) fn attach(&self, port: &Port) -> Result<(), FabricError> {
         device(port)?;
-        files(port, self.epoch)?;
+        self.nudge(port);
+        Ok(())
+    }
+
+    /// Workers look at the port's queues: there is something else in them now.
+    pub(super) fn nudge(&self, port: &Port) {
         for &(task, _) in &port.sources {
             self.workers.nudge(task);
         }
-        Ok(())
     }
 }

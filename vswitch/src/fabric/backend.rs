@@ -184,6 +184,11 @@ impl BackendPort {
         self.core.fault(reason);
     }
 
+    /// As [`BackendPort::fault`], for what is no guest's doing: one that begins anew is not to end it.
+    pub fn fault_for_good(&self, reason: impl std::fmt::Display) {
+        self.core.fault_for_good(reason);
+    }
+
     /// Ends a fault as the operator's restart does, for a guest that begins anew. All queues are disconnected.
     pub fn recover(&self) {
         tracing::info!(switch = %self.core.switch, port = %self.core.name, "port restarted, its guest begins anew");
@@ -193,6 +198,11 @@ impl BackendPort {
     /// True from a fault until the restart.
     pub fn is_faulted(&self) -> bool {
         self.core.is_faulted()
+    }
+
+    /// True from [`BackendPort::fault_for_good`] until the operator's restart.
+    pub fn is_faulted_for_good(&self) -> bool {
+        self.core.is_faulted_for_good()
     }
 
     /// Changes the state that is shown, unless a fault is.

@@ -96,14 +96,13 @@ impl Fabric {
                 faulted.then(|| std::mem::replace(sink, Sink::Absent(DropReason::Faulted)))
             })
         };
-        let sinks: Vec<_> = port.sinks.iter().map(take).collect();
-        // A capture file waits for its disk: not under a lock.
-        drop(inner);
-        drop(sinks);
+        port.sinks.iter().filter_map(take).for_each(|sink| self.disks.end(&port.core, sink));
     }
 
     fn keep_house(&self) {
         let now = self.seconds();
+        // For the log: nobody may be waiting.
+        drop(self.disks.look());
         let inner = self.lock();
         for switch in inner.switches.values() {
             switch.fdb.age(now, switch.fdb.buckets() / AGING_ROUNDS + 1);

@@ -73,8 +73,13 @@ impl GuestRings {
                 _ => None,
             }
         } else {
-            let Source::Ring(ring) = self.sources.get(queue)?.swap(Source::Absent) else { return None };
-            Some(*ring)
+            let removed = self.sources.get(queue)?.swap(Source::Absent);
+            // The worker lets go of the doorbell.
+            self.core.nudge(queue);
+            match removed {
+                Source::Ring(ring) => Some(*ring),
+                _ => None,
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 mod attach;
 pub mod backend;
 mod control;
+mod files;
 mod guest;
 mod offline;
 mod ports;
@@ -16,6 +17,7 @@ mod workers;
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
+use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -31,10 +33,10 @@ pub use workers::WorkersSpec;
 
 use crate::error::FabricError;
 use crate::fdb::{Filter, Key};
-use crate::port::{PortEvent, PortId};
+use crate::port::{PortCore, PortEvent, PortId};
 use crate::ports::vhost_user::server::Control;
 use crate::spec::{StaticAddress, SwitchSpec};
-use ports::Remains;
+use files::{Disks, SLOW};
 use switch::{Port, Switch};
 use workers::Workers;
 
@@ -58,6 +60,7 @@ pub struct Fabric {
     workers: Workers,
     vhost: Control,
     events: Sender<PortEvent>,
+    disks: Disks,
     /// Wall-clock nanoseconds at the clock's zero.
     epoch: u64,
 }
@@ -75,6 +78,15 @@ impl Inner {
 
     fn switch_mut(&mut self, name: &str) -> Result<&mut Switch, FabricError> {
         self.switches.get_mut(name).ok_or_else(|| FabricError::NotFound { what: "switch", name: name.into() })
+    }
+
+    /// A port that was there before, unless it was removed meanwhile.
+    fn same_port(&mut self, core: &PortCore) -> Result<&mut Port, FabricError> {
+        let port = self.switch_mut(&core.switch)?.port_mut(&core.name)?;
+        if port.core.id == core.id {
+            return Ok(port);
+        }
+        Err(FabricError::NotFound { what: "port", name: core.name.to_string() })
     }
 
     fn switch_of(&self, id: PortId) -> Option<&Switch> {
@@ -95,7 +107,14 @@ impl Fabric {
         let vhost = Control::start()
             .map_err(|error| FabricError::failed("starting the vhost-user control thread", error))?;
         let workers = Workers::start(&workers, clock)?;
-        let fabric = Arc::new(Self { inner: Mutex::default(), workers, vhost, events, epoch });
+        let fabric = Arc::new(Self {
+            inner: Mutex::default(),
+            workers,
+            vhost,
+            events,
+            disks: Disks::default(),
+            epoch,
+        });
         let weak = Arc::downgrade(&fabric);
         std::thread::Builder::new()
             .name("control".into())
@@ -136,14 +155,15 @@ impl Fabric {
     pub fn remove_switch(&self, name: &str) -> Result<(), FabricError> {
         // Locked until all is gone, so that no port is added meanwhile.
         let mut inner = self.lock();
-        let remains = self.take_down(inner.switch_mut(name)?);
+        let files = self.take_down(inner.switch_mut(name)?);
         inner.switches.remove(name);
         drop(inner);
-        drop(remains);
+        self.wait_for_disks(&files);
         Ok(())
     }
 
-    fn take_down(&self, switch: &mut Switch) -> Vec<Remains> {
+    /// Removes all ports; the files that they wrote.
+    fn take_down(&self, switch: &mut Switch) -> Vec<PathBuf> {
         let names: Vec<_> = switch.ports.keys().cloned().collect();
         names.iter().filter_map(|port| self.take_out(switch, port)).collect()
     }
@@ -214,13 +234,18 @@ impl Fabric {
         Ok(Capture::start(spec.snaplen, spec.drops, &ports))
     }
 
-    /// Removes every switch; sockets and devices made by the switch go with them.
+    /// Removes every switch; sockets and devices made by the switch go with them. A capture file that its disk has not
+    /// closed within a minute, or as long as it gives a sign of life, is left incomplete.
     pub fn shutdown(&self) {
         let mut inner = self.lock();
-        let remains: Vec<_> = inner.switches.values_mut().map(|switch| self.take_down(switch)).collect();
+        for switch in inner.switches.values_mut() {
+            self.take_down(switch);
+        }
         inner.switches.clear();
         drop(inner);
-        drop(remains);
+        if let Err(error) = self.disks.wait(2 * SLOW, |_| true) {
+            tracing::warn!(%error, "capture files are left incomplete");
+        }
         let _ = self.events.send(PortEvent::Stop);
     }
 }

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use vmq::rss::ToeplitzKey;
 use vmq::worker::{Nanos, Polled, Task};
 
-use super::attach::{self, Attached};
+use super::attach::Attached;
+use super::files::Files;
 use super::switch::{Port, Switch};
 use super::validate;
 use crate::error::FabricError;
 use crate::port::{PortCore, PortId};
-use crate::ports::file::WhenFull;
+use crate::ports::file::{FileError, FileSink, FileSource, WhenFull};
 use crate::queue::{Scratch, Sink, SinkQueue, Source, SourceQueue};
-use crate::report::{FabricReport, PortState, SwitchReport};
+use crate::report::{FabricReport, SwitchReport};
 use crate::snapshot::Steering;
 use crate::spec::{Attachment, Pace, PortSpec, SwitchSpec};
 
@@ -51,6 +52,7 @@ pub fn run_offline(switches: Vec<(SwitchSpec, Vec<PortSpec>)>) -> Result<FabricR
                 sources,
                 sinks: vec![Arc::new(SinkQueue::new(0))],
                 attached: Attached::Local,
+                opening: false,
             };
             switch.pin_addresses(&port, &port.spec)?;
             if switch.ports.insert(port.spec.name.clone(), port).is_some() {
@@ -89,14 +91,13 @@ fn open_files(switches: &[Switch]) -> Result<(), FabricError> {
     let ports = || switches.iter().flat_map(|switch| switch.ports.values());
     let mut played = Vec::new();
     for port in ports() {
-        if let Some(file) = attach::played_file(port)? {
+        if let Some(file) = played_file(port)? {
             played.push((port, file));
         }
     }
     let epoch = played.iter().filter_map(|(_, file)| file.recorded_time()).min().unwrap_or(0);
     for port in ports() {
-        attach::written_file(port, epoch, WhenFull::Wait)?;
-        port.core.set_state(PortState::Up);
+        Files { played: None, written: written_file(port, epoch)? }.connect(port);
     }
     for (port, mut file) in played {
         if let (Attachment::Pcap { pace: Pace::Recorded, .. }, Some(time)) =
@@ -109,6 +110,22 @@ fn open_files(switches: &[Switch]) -> Result<(), FabricError> {
         }
     }
     Ok(())
+}
+
+fn played_file(port: &Port) -> Result<Option<FileSource>, FabricError> {
+    let Attachment::Pcap { read: Some(path), pace, repeat, .. } = &port.spec.attachment else {
+        return Ok(None);
+    };
+    opened(port, FileSource::open(path, *pace, *repeat))
+}
+
+fn written_file(port: &Port, epoch: u64) -> Result<Option<FileSink>, FabricError> {
+    let Attachment::Pcap { write: Some(path), .. } = &port.spec.attachment else { return Ok(None) };
+    opened(port, FileSink::create(path, &port.core.name, epoch, true, WhenFull::Wait))
+}
+
+fn opened<T>(port: &Port, file: Result<T, FileError>) -> Result<Option<T>, FabricError> {
+    file.map(Some).map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))
 }
 
 fn play(switches: &[Switch]) {

@@ -1,22 +1,23 @@
 //! Ports: added, changed, restarted and removed while the others carry traffic.
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, MutexGuard};
 
 use vmq::rss::ToeplitzKey;
 
 use super::attach::{self, Attached};
 use super::backend::BackendEvent;
+use super::files::SLOW;
 use super::switch::{Port, Switch};
-use super::{Fabric, validate};
+use super::{Fabric, Inner, validate};
 use crate::drops::DropReason;
 use crate::error::FabricError;
 use crate::fdb::Filter;
 use crate::port::{PortCore, PortId};
-use crate::ports::file::FileSink;
 use crate::queue::{Sink, SinkQueue, Source, SourceQueue};
 use crate::report::PortState;
 use crate::snapshot::Steering;
-use crate::spec::{PortSpec, VlanMode};
+use crate::spec::{Attachment, PortSpec, VlanMode};
 
 /// What may be changed while a port runs. `None` leaves a value as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -31,23 +32,6 @@ pub struct PortChange {
     pub coalesce: Option<bool>,
     /// Most addresses learnt; `Some(None)` removes the limit.
     pub address_limit: Option<Option<u32>>,
-}
-
-/// Capture files of removed ports, which wait for their disks to be closed.
-#[derive(Debug)]
-#[must_use = "to be dropped when nothing is locked"]
-pub(super) struct Remains {
-    files: Vec<(Arc<str>, Box<FileSink>)>,
-}
-
-impl Drop for Remains {
-    fn drop(&mut self) {
-        for (port, file) in &mut self.files {
-            if let Err(error) = file.close() {
-                tracing::warn!(%port, %error, "capture file not closed cleanly");
-            }
-        }
-    }
 }
 
 impl PortChange {
@@ -87,8 +71,7 @@ impl Fabric {
         let name = spec.name.clone();
         let port = self.queues(spec, key, core)?;
         if let Err(error) = owner.pin_addresses(&port, &port.spec) {
-            // Nothing was connected.
-            let _ = self.dismantle(&port);
+            self.dismantle(&port);
             owner.forget_port(index);
             return Err(error);
         }
@@ -101,23 +84,69 @@ impl Fabric {
                 port.attached = attached;
                 self.attach(port)
             });
-        let remains = if attached.is_err() { self.take_out(owner, &name) } else { None };
+        if attached.is_err() {
+            self.take_out(owner, &name);
+            return attached;
+        }
+        let core = Arc::clone(&port.core);
+        self.load(inner, &core, |inner, _| {
+            if let Ok(owner) = inner.switch_mut(switch) {
+                self.take_out(owner, &name);
+            }
+        })
+    }
+
+    /// Opens the files of a port that was just made or is restarted, if it has any, and lets others go on meanwhile. On
+    /// failure the port is left to `give_up`.
+    fn load(
+        &self,
+        mut inner: MutexGuard<'_, Inner>,
+        core: &PortCore,
+        give_up: impl FnOnce(&mut Inner, &FabricError),
+    ) -> Result<(), FabricError> {
+        let port = inner.same_port(core)?;
+        if !matches!(port.spec.attachment, Attachment::Pcap { .. }) {
+            return Ok(());
+        }
+        port.opening = true;
+        let attachment = port.spec.attachment.clone();
         drop(inner);
-        drop(remains);
-        attached
+        let opened = self.open_files(&core.name, &attachment);
+        let mut inner = self.lock();
+        // If the port was removed meanwhile, the files are dropped after the lock.
+        let port = inner.same_port(core)?;
+        port.opening = false;
+        match opened {
+            Ok(files) => {
+                files.connect(port);
+                self.nudge(port);
+                Ok(())
+            }
+            Err(error) => {
+                give_up(&mut inner, &error);
+                Err(error)
+            }
+        }
     }
 
     /// A port's queues, placed on workers.
     fn queues(&self, spec: PortSpec, key: ToeplitzKey, core: Arc<PortCore>) -> Result<Port, FabricError> {
-        let mut port =
-            Port { spec, key, core, sources: Vec::new(), sinks: Vec::new(), attached: Attached::Local };
+        let mut port = Port {
+            spec,
+            key,
+            core,
+            sources: Vec::new(),
+            sinks: Vec::new(),
+            attached: Attached::Local,
+            opening: false,
+        };
         for queue in 0..port.spec.attachment.queues() {
             let source = Arc::new(SourceQueue::new(Arc::clone(&port.core), queue));
             let pin = port.spec.pin.get(usize::from(queue)).copied();
             match self.workers.add(&source, pin) {
                 Ok(task) => port.sources.push((task, source)),
                 Err(error) => {
-                    let _ = self.dismantle(&port);
+                    self.dismantle(&port);
                     return Err(error);
                 }
             }
@@ -126,9 +155,8 @@ impl Fabric {
         Ok(port)
     }
 
-    /// Takes a port's queues from the workers and closes what it is attached to. What is returned is to be closed when
-    /// nothing is locked.
-    fn dismantle(&self, port: &Port) -> Remains {
+    /// Takes a port's queues from the workers and closes what it is attached to, files when their disk is ready.
+    fn dismantle(&self, port: &Port) {
         if let Attached::Guest(endpoint, _) = port.attached {
             self.vhost.remove_and_wait(endpoint);
         }
@@ -136,14 +164,10 @@ impl Fabric {
         for &(task, _) in &port.sources {
             self.workers.remove(task);
         }
-        let sinks = port.sinks.iter().map(|sink| sink.swap(Sink::Absent(DropReason::NotReady)));
-        let files = sinks.filter_map(|sink| match sink {
-            Sink::File(file) => Some((Arc::clone(&port.core.name), file)),
-            _ => None,
-        });
-        let files = files.collect();
+        for sink in &port.sinks {
+            self.disks.end(&port.core, sink.swap(Sink::Absent(DropReason::NotReady)));
+        }
         port.core.taps.end();
-        Remains { files }
     }
 
     /// Removes a port. Frames on their way to it are dropped.
@@ -154,18 +178,27 @@ impl Fabric {
         let mut inner = self.lock();
         let owner = inner.switch_mut(switch)?;
         owner.port(port)?;
-        let remains = self.take_out(owner, port);
+        let file = self.take_out(owner, port);
         drop(inner);
-        drop(remains);
+        self.wait_for_disks(file.as_slice());
         Ok(())
     }
 
-    pub(super) fn take_out(&self, owner: &mut Switch, port: &str) -> Option<Remains> {
+    /// Whoever removes a port has its file complete, unless the disk does not answer, which is logged.
+    pub(super) fn wait_for_disks(&self, files: &[PathBuf]) {
+        let _ = self.disks.wait(SLOW, |path| files.iter().any(|file| file == path));
+    }
+
+    /// Removes a port, which may be none; the file that it wrote.
+    pub(super) fn take_out(&self, owner: &mut Switch, port: &str) -> Option<PathBuf> {
         let removed = owner.ports.remove(port)?;
         owner.publish();
-        let remains = self.dismantle(&removed);
+        self.dismantle(&removed);
         owner.forget_port(removed.core.index);
-        Some(remains)
+        match removed.spec.attachment {
+            Attachment::Pcap { write, .. } => write,
+            _ => None,
+        }
     }
 
     /// Changes what may be changed while a port runs.
@@ -211,26 +244,29 @@ impl Fabric {
     /// Clears a fault, or plays a finished capture again; a connected client is cut off.
     ///
     /// # Errors
-    /// No such switch or port, or its device or file cannot be opened.
+    /// No such switch or port, its device or file cannot be opened, or its disk has yet to close or to open a file.
     pub fn restart_port(&self, switch: &str, port: &str) -> Result<(), FabricError> {
         let inner = self.lock();
         let port = inner.switch(switch)?.port(port)?;
+        if port.opening {
+            return Err(FabricError::Starting { port: port.core.name.to_string() });
+        }
         for (_, source) in &port.sources {
             source.swap(Source::Absent);
         }
         // Workers let go of the old device or doorbell.
-        for &(task, _) in &port.sources {
-            self.workers.nudge(task);
-        }
+        self.nudge(port);
         for sink in &port.sinks {
-            sink.swap(Sink::Absent(DropReason::NotReady));
+            self.disks.end(&port.core, sink.swap(Sink::Absent(DropReason::NotReady)));
         }
         port.core.clear_fault(port.spec.attachment.waits_for());
         if let Attached::Guest(endpoint, _) = port.attached {
             self.vhost.restart(endpoint);
         }
         port.tell(BackendEvent::Restart);
-        self.attach(port).inspect_err(|error| port.core.fault(error))
+        self.attach(port).inspect_err(|error| port.core.fault(error))?;
+        let core = Arc::clone(&port.core);
+        self.load(inner, &core, |_, error| core.fault(error))
     }
 
     /// Pins a queue to a worker's processor, or leaves it to the placement again.

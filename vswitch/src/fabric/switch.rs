@@ -30,6 +30,8 @@ pub(super) struct Port {
     pub(super) sources: Vec<(TaskId, Arc<SourceQueue>)>,
     pub(super) sinks: Vec<Arc<SinkQueue>>,
     pub(super) attached: Attached,
+    /// Somebody waits for the disk to open its files.
+    pub(super) opening: bool,
 }
 
 /// A switch of the fabric.

@@ -1,6 +1,7 @@
 //! Whole fabrics, with guests and device models at their ports.
 
 mod addresses;
+mod files;
 mod headers;
 mod ports;
 
@@ -120,7 +121,7 @@ impl Lab {
         (port, next, taken)
     }
 
-    fn guest_port(&self, name: &str) -> Result<std::path::PathBuf, FabricError> {
+    fn guest_port(&self, name: &str) -> Result<PathBuf, FabricError> {
         let path = self.dir.path().join(name);
         let attachment = Attachment::VhostUser { path: path.clone(), mode: SocketMode::Server, queues: 1 };
         self.fabric.add_port("lan", PortSpec::new(name, attachment)).map(|()| path)

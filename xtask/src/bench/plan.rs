@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::table::{Row, Series};
 
-/// Between a peer's thaw and its measurement.
-const SETTLE: Duration = Duration::from_millis(300);
+/// Between a peer's thaw, or its clients' start, and its measurement.
+pub const SETTLE: Duration = Duration::from_millis(300);
 
 /// Something that is measured beside others: a switch with its clients.
 pub trait Peer {

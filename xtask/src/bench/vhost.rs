@@ -3,13 +3,11 @@
 //! testpmd is the client that others measure with; it spends about 164 cycles on a packet itself, so that it limits
 //! small frames. The generator bench does not.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use switchyard_tests::testpmd::{Testpmd, TestpmdSpec};
 
 use super::peers::{CLIENT_CPU, Needs, Switch, compare};
-use super::plan::Plan;
+use super::plan::{Plan, SETTLE};
 use super::table::{Report, Row, Table};
 
 /// Bytes, without check sequence, and what is wanted of OVS-DPDK's rate and of `io`'s.
@@ -19,9 +17,6 @@ const FRAMES: [(u32, [f64; 2]); 5] =
 /// Columns of those that are compared with.
 const OVS: usize = 1;
 const IO: usize = 2;
-
-/// From when packets circulate to the measurement.
-const SETTLE: Duration = Duration::from_millis(300);
 
 /// Packets that circulate: as many bursts of 32 from each port.
 const BURSTS: u32 = 16;

@@ -14,6 +14,11 @@ pub(super) fn read_index(guest: &Guest) -> SharedWord {
     index(guest, 4)
 }
 
+/// How far the guest has written it.
+pub(super) fn write_index(guest: &Guest) -> SharedWord {
+    index(guest, 0)
+}
+
 fn index(guest: &Guest, at: u32) -> SharedWord {
     let pfn = guest.vmm.pfn(guest.channels[0].gpadl, 0).unwrap();
     Pages::new(guest.vmm.memory(), &[pfn]).unwrap().word(at).unwrap()
@@ -22,7 +27,7 @@ fn index(guest: &Guest, at: u32) -> SharedWord {
 /// The guest's switch dies after it has shown the guest the answer to what `act` has the guest do, and before it gives
 /// the room of that back; another takes over.
 fn killed_before_the_room_is_given_back(rig: &mut Rig, guest: &mut Guest, act: impl FnOnce(&mut Guest)) {
-    let (written, read) = (index(guest, 0), read_index(guest));
+    let (written, read) = (write_index(guest), read_index(guest));
     // One round: what was before is done with.
     guest.wait("answers", |guest| (guest.outstanding == 0).then_some(())).unwrap();
     while read.load(Ordering::SeqCst) != written.load(Ordering::SeqCst) {

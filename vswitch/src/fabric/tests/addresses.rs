@@ -1,11 +1,8 @@
 //! Who has which address, and how ports change and go under it.
 
-use std::io::{self, Write};
 use std::sync::mpsc;
 
 use super::*;
-use crate::ports::file::{FileSink, WhenFull};
-use crate::queue::Sink;
 use crate::report::AddressReport;
 use crate::spec::VlanMode;
 use crate::topology::VlanRule;
@@ -178,39 +175,6 @@ fn burst_under_way_while_the_vlan_changes_leaves_no_address_in_the_old_one() {
     wait_for("the frame", || !lab.port("a").received.drops.is_empty());
     assert!(lab.known().iter().all(|(vlan, ..)| *vlan == 20), "{:?}", lab.known());
     drop(is_asked);
-}
-
-/// A disk that hangs for as long as the other end of the channel is there.
-struct Hanging(mpsc::Receiver<()>);
-
-impl Write for Hanging {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let _ = self.0.recv();
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[test]
-fn capture_file_whose_disk_hangs_keeps_nobody_from_the_switch_while_its_port_is_removed() {
-    let lab = Lab::new();
-    lab.model("file", 1500, 0);
-    let (hang, disk) = mpsc::channel::<()>();
-    let file = FileSink::begin(Hanging(disk), "file".as_ref(), "file", 0, false, WhenFull::Lose).unwrap();
-    {
-        let inner = lab.fabric.lock();
-        inner.switch("lan").unwrap().port("file").unwrap().sinks[0].swap(Sink::File(Box::new(file)));
-    }
-    std::thread::scope(|scope| {
-        let removal = scope.spawn(|| lab.fabric.remove_port("lan", "file"));
-        wait_for("the removal", || lab.fabric.report().switches[0].ports.is_empty());
-        assert!(!removal.is_finished(), "the disk was waited for with the switch locked");
-        drop(hang);
-        removal.join().unwrap().unwrap();
-    });
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{JoinHandle, sleep};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Pieces of about 64 KiB that wait for the disk before it counts as too slow.
 const MOST: usize = 256;
@@ -13,8 +13,8 @@ const MOST: usize = 256;
 /// Pieces that may follow all the same: what was gathered before, and the end.
 const REST: usize = 8;
 
-/// How long a disk is waited for that takes nothing.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Writes, and says at its end how that went.
+pub type Thread = JoinHandle<io::Result<()>>;
 
 /// What happens to frames that come faster than the disk takes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,12 +25,12 @@ pub enum WhenFull {
     Lose,
 }
 
-/// The writing end. What was written before it is dropped reaches the stream in its own time; [`Backlog::finish`] waits.
+/// The writing end. What was written before it is dropped reaches the stream in its own time.
 #[derive(Debug)]
 pub struct Backlog {
     pieces: SyncSender<Vec<u8>>,
     /// `None` once it was told why it ended.
-    thread: Option<JoinHandle<io::Result<()>>>,
+    thread: Option<Thread>,
     /// Pieces that wait or are being written.
     pending: Arc<AtomicUsize>,
     when_full: WhenFull,
@@ -70,24 +70,13 @@ impl Backlog {
         self.flush()
     }
 
-    /// Waits until the stream has taken everything and is closed.
+    /// Nothing more comes: the thread writes what is left, closes the stream and ends. With it comes how much is left.
     ///
     /// # Errors
-    /// It failed, or takes nothing for so long that it is left to itself.
-    pub fn finish(self) -> io::Result<()> {
-        let Self { pieces, thread, pending, when_full } = self;
-        drop(pieces);
-        let mut before = (usize::MAX, Instant::now());
-        while when_full == WhenFull::Lose && thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            let left = pending.load(Ordering::Acquire);
-            if left != before.0 {
-                before = (left, Instant::now());
-            } else if before.1.elapsed() > PATIENCE {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            sleep(Duration::from_millis(1));
-        }
-        outcome(thread)
+    /// The stream has failed, and said why.
+    pub fn end(self) -> io::Result<(Thread, Arc<AtomicUsize>)> {
+        let thread = self.thread.ok_or(io::ErrorKind::BrokenPipe)?;
+        Ok((thread, self.pending))
     }
 }
 
@@ -100,7 +89,8 @@ fn write_out(mut stream: impl Write, inbox: &Receiver<Vec<u8>>, pending: &Atomic
     stream.flush()
 }
 
-fn outcome(thread: Option<JoinHandle<io::Result<()>>>) -> io::Result<()> {
+/// What the thread has to say; it is waited for.
+pub fn outcome(thread: Option<Thread>) -> io::Result<()> {
     let broken = || Err(io::ErrorKind::BrokenPipe.into());
     thread.map_or_else(broken, |thread| thread.join().unwrap_or_else(|_| broken()))
 }
@@ -166,7 +156,7 @@ pub(super) mod tests {
             for number in 0..1000u32 {
                 backlog.write_all(&number.to_le_bytes()).unwrap();
             }
-            backlog.finish()
+            outcome(Some(backlog.end()?.0))
         });
         // One is being written, and one more wants to be sent.
         while pending.load(Ordering::Acquire) < MOST + REST + 2 {
@@ -185,6 +175,6 @@ pub(super) mod tests {
         backlog.write_all(&[1]).unwrap();
         let full = Some(rustix::io::Errno::NOSPC.raw_os_error());
         assert_eq!(backlog.drain().unwrap_err().raw_os_error(), full);
-        assert!(backlog.write(&[1]).is_err() && backlog.flush().is_err() && backlog.finish().is_err());
+        assert!(backlog.write(&[1]).is_err() && backlog.flush().is_err() && backlog.end().is_err());
     }
 }

@@ -5,14 +5,16 @@
 //! bytes out.
 //!
 //! Both want plain files (the sink also takes a device such as `/dev/null`): a pipe whose other end is slow would
-//! hold up the worker that reads it, and with it the whole switch. Files are written by a thread of their own. A file is locked while it is in use, so that no two ports write one
-//! capture, and none reads what another is overwriting.
+//! hold up the worker that reads it, and with it the whole switch. Files are written, and closed, by a thread of their own
+//! ([`Unfinished`]). A file is locked while it is in use, so that no two ports write one capture, and none reads what
+//! another is overwriting.
 
 mod backlog;
 mod sink;
 mod source;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 
 use std::error::Error;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -25,8 +27,11 @@ use rustix::fs::OFlags;
 use crate::pcap::{ReadError, WriteError};
 
 pub use backlog::WhenFull;
+#[cfg(test)]
+pub(crate) use backlog::tests::Disk;
 pub use sink::FileSink;
 pub use source::{FileSource, Progress};
+pub use unfinished::{PATIENCE, Unfinished};
 
 /// Why a capture file cannot be used, or used further. Each names the file.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +71,12 @@ pub enum FileError {
         path: PathBuf,
         /// What went wrong.
         cause: WriteError,
+    },
+    /// The disk is waited for in vain, see [`PATIENCE`]. What it has of the file is not known.
+    #[error("the disk of `{}` does not answer in time", path.display())]
+    Silent {
+        /// The file.
+        path: PathBuf,
     },
 }
 

@@ -2,12 +2,13 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use vmq::frame::{Burst, Frame};
 use vmq::worker::Nanos;
 
 use super::backlog::{Backlog, WhenFull};
-use super::{FileError, open_to_write};
+use super::{FileError, PATIENCE, Unfinished, open_to_write};
 use crate::drops::DropReason;
 use crate::pcap::{self, Direction, InterfaceId, Packet, SectionInfo, WriteError, Writer};
 use crate::tally::Tally;
@@ -29,6 +30,8 @@ pub struct FileSink {
     unsent: bool,
     /// Frames not written since the last one that was.
     lost: u64,
+    /// How long a disk that takes nothing is waited for at the end.
+    patience: Duration,
     /// A frame's bytes in one piece.
     scratch: Vec<u8>,
 }
@@ -74,6 +77,7 @@ impl FileSink {
             drops,
             unsent: true,
             lost: 0,
+            patience: if when_full == WhenFull::Wait { Duration::MAX } else { PATIENCE },
             scratch: Vec::new(),
         })
     }
@@ -143,14 +147,36 @@ impl FileSink {
         drained.map_err(|error| FileError::Write { path: self.path.clone(), cause: error.into() })
     }
 
-    /// Ends the capture with its statistics. Further frames are refused.
+    /// Ends the capture with its statistics and waits until the file is closed, for ever or as long as the disk takes
+    /// something. Further frames are refused.
+    ///
+    /// # Errors
+    /// The file cannot be written, or its disk does not answer.
+    pub fn close(&mut self) -> Result<(), FileError> {
+        self.end()?.map_or(Ok(()), Unfinished::wait)
+    }
+
+    /// Ends the capture with its statistics and waits for nobody: what is returned says when the file is closed. `None` if
+    /// it was before. Further frames are refused.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn close(&mut self) -> Result<(), FileError> {
-        let Some(writer) = self.writer.take() else { return Ok(()) };
-        let closed = writer.close().and_then(|backlog| Ok(backlog.finish()?));
-        closed.map_err(|cause| FileError::Write { path: self.path.clone(), cause })
+    pub fn end(&mut self) -> Result<Option<Unfinished>, FileError> {
+        let Some(writer) = self.writer.take() else { return Ok(None) };
+        let ended = writer.close().and_then(|backlog| Ok(backlog.end()?));
+        match ended {
+            Ok((thread, left)) => {
+                Ok(Some(Unfinished::closing(self.path.clone(), thread, left, self.patience)))
+            }
+            Err(cause) => Err(FileError::Write { path: self.path.clone(), cause }),
+        }
+    }
+
+    /// How long the disk is waited for at the end if it takes nothing.
+    #[cfg(test)]
+    pub(crate) fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// False if there is no room for the frame, which is counted as lost.

@@ -1,15 +1,18 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use tempfile::TempDir;
 use vmq::frame::{BURST_FRAMES, Burst, FrameStore, MAX_FRAME, Offload};
 
-use super::backlog::tests::Disk;
 use super::*;
 use crate::DropReason;
+use crate::offload::testing::flatten;
 use crate::pcap::test_support::{OwnedRecord, read_all};
 use crate::pcap::{Direction, Packet, SectionInfo, Writer};
+use crate::ports::vhost_user::tests::rig::wait_for;
 use crate::spec::Pace;
 use crate::tally::Tally;
 
@@ -24,11 +27,11 @@ impl Dir {
         self.0.path().join(name)
     }
 
-    /// A capture of frames of the given times and lengths, the frame's number in each of its bytes.
+    /// A capture of frames of the given times and lengths, the low byte of its number in all of a frame's.
     fn capture(&self, name: &str, frames: &[(u64, usize)]) -> PathBuf {
         let mut writer = Writer::new(Vec::new(), &SectionInfo::default()).unwrap();
         let id = writer.add_interface("in", "", 0).unwrap();
-        for (number, &(time, len)) in (0..).zip(frames) {
+        for (number, &(time, len)) in (0..=u8::MAX).cycle().zip(frames) {
             writer.packet(&Packet::new(id, time, &vec![number; len])).unwrap();
         }
         fs::write(self.path(name), writer.close().unwrap()).unwrap();
@@ -42,18 +45,8 @@ fn receive(source: &mut FileSource, now: u64) -> (Result<Progress, FileError>, V
     let mut burst = Burst::new(&mut store);
     let mut tally = Tally::default();
     let progress = source.receive(now, &mut burst, &mut tally);
-    let frames: Vec<_> = burst.frames().iter().map(|frame| bytes(&burst, frame)).collect();
+    let frames: Vec<_> = burst.frames().iter().map(|frame| flatten(&burst, frame)).collect();
     (progress, frames, tally.dropped(DropReason::Malformed))
-}
-
-fn bytes(burst: &Burst<'_>, frame: &vmq::frame::Frame) -> Vec<u8> {
-    let mut all = frame.head().to_vec();
-    for segment in burst.tail(frame) {
-        let mut piece = vec![0; segment.len() as usize];
-        segment.read_into(&mut piece);
-        all.extend(piece);
-    }
-    all
 }
 
 /// A frame, and when it came.
@@ -125,10 +118,10 @@ fn captures_started_in_step_keep_their_distance() {
 #[test]
 fn full_speed_ignores_recorded_times_and_fills_bursts() {
     let dir = Dir::new();
-    let frames: Vec<_> = (0..BURST_FRAMES as u64 + 9).map(|n| (n * 1_000_000_000, 60)).collect();
+    let frames: Vec<_> = (0..2 * BURST_FRAMES as u64 + 9).map(|n| (n * 1_000_000_000, 60)).collect();
     let mut source = FileSource::open(&dir.capture("in", &frames), Pace::Full, false).unwrap();
     let lens: Vec<_> = (0..4).map(|_| receive(&mut source, 7).1.len()).collect();
-    assert_eq!(lens, [BURST_FRAMES, 9, 0, 0]);
+    assert_eq!(lens, [BURST_FRAMES, BURST_FRAMES, 9, 0]);
     assert_eq!(receive(&mut source, 7).0.unwrap(), Progress::Finished);
 }
 
@@ -452,6 +445,21 @@ fn frames_that_a_slow_disk_does_not_take_are_counted_and_the_switch_goes_on() {
         let option = [&[code, 0, 8, 0], &lost.to_le_bytes()[..]].concat();
         assert_eq!(taken.windows(12).filter(|bytes| *bytes == option).count(), 1);
     }
+}
+
+#[test]
+fn file_that_the_disk_does_not_open_in_time_is_given_up_and_let_go_of_in_the_end() {
+    let (file, (go, stuck)) = (Arc::new(()), mpsc::channel::<()>());
+    let theirs = Arc::clone(&file);
+    let opened = Unfinished::open(Path::new("slow"), Duration::ZERO, move |_| {
+        let _ = stuck.recv();
+        Ok(theirs)
+    });
+    let mut unfinished = opened.unwrap_err();
+    assert!(unfinished.is_stuck() && !unfinished.is_over() && unfinished.path() == Path::new("slow"));
+    drop(go);
+    wait_for("the disk", || unfinished.is_over());
+    assert_eq!(Arc::strong_count(&file), 1);
 }
 
 #[test]
