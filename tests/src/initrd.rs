@@ -45,9 +45,14 @@ pub struct Image {
 }
 
 impl Image {
+    /// Nothing, for what Linux is to unpack over another.
+    pub fn empty() -> Self {
+        Self { entries: BTreeMap::new() }
+    }
+
     /// The usual folders, busybox, and `init` as the first process.
     pub fn new(init: &str) -> Result<Self> {
-        let mut image = Self { entries: BTreeMap::new() };
+        let mut image = Self::empty();
         for directory in ["bin", "sbin", "dev", "proc", "sys", "run", "tmp", "etc", "mod", "root"] {
             image.directory(directory);
         }
@@ -82,6 +87,15 @@ impl Image {
             order.push_str(&format!("{name}\n"));
         }
         self.text("mod/order", &order);
+        Ok(())
+    }
+
+    /// Adds modules and what they depend on to `folder`, numbered in the order to load them.
+    pub fn numbered_modules(&mut self, kernel: &Kernel, modules: &[&str], folder: &str) -> Result<()> {
+        for (number, module) in kernel.modules(modules)?.iter().enumerate() {
+            let name = module.file_name().and_then(|name| name.to_str()).context("unexpected module name")?;
+            self.copy(module, &format!("{folder}/{number:02}-{name}"))?;
+        }
         Ok(())
     }
 

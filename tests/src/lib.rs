@@ -18,6 +18,7 @@
 //! | [`iperf`], [`ping`], [`transfer`] | throughput, round trips and compared bytes between two stations |
 //! | [`offload`] | a station's card by `ethtool` |
 //! | [`player`], [`witness`], [`numbered`], [`draw`] | guests played in this process; frames compared byte for byte |
+//! | [`life`] | a guest that is to be killed at one of its steps |
 //! | [`yardd`], [`case`] | the daemon and its command line; the frame of a whole-system test |
 //! | [`capture`], [`packets`] | tcpdump, tcpreplay, tshark, capinfos |
 #![forbid(unsafe_code)]
@@ -33,6 +34,7 @@ pub mod iperf;
 pub mod janitor;
 pub mod kernel;
 pub mod lab;
+pub mod life;
 pub mod nested;
 pub mod netns;
 pub mod nic;

@@ -1,10 +1,15 @@
 //! Network namespaces: stations on this host that see only the devices given to them.
 
+use std::fs::File;
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::janitor;
 use crate::lab::{Lab, serial};
@@ -76,6 +81,21 @@ impl Netns {
         self.ip(&format!("addr add {address} dev {device}"))?;
         self.ip(&format!("link set dev {device} up"))?;
         Ok(())
+    }
+
+    /// A UDP socket inside, with room for thousands of datagrams that were not read yet.
+    pub fn udp(&self, port: u16) -> Result<UdpSocket> {
+        let open = || -> Result<UdpSocket> {
+            let namespace = File::open(format!("/run/netns/{}", self.name))?;
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            let socket = UdpSocket::bind(("0.0.0.0", port))?;
+            set_socket_recv_buffer_size_force(&socket, 8 << 20)?;
+            Ok(socket)
+        };
+        // On a thread of its own, which stays in there until it ends.
+        std::thread::scope(|scope| scope.spawn(open).join())
+            .map_err(|_| anyhow!("the thread panicked"))?
+            .with_context(|| format!("no socket in {}", self.name))
     }
 
     /// The device's MAC address.

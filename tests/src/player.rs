@@ -63,7 +63,8 @@ impl PlayerSpec {
         }
     }
 
-    fn features(&self) -> Features {
+    /// What is asked of the switch.
+    pub fn features(&self) -> Features {
         let mut wanted = Features::VERSION_1 | Features::PROTOCOL_FEATURES;
         wanted.set(Features::RING_PACKED, self.packed);
         wanted.set(Features::MRG_RXBUF, self.mergeable);
@@ -126,6 +127,24 @@ impl Lane {
         place.and_then(Option::take).with_context(|| format!("{token:?} came back unexpectedly"))
     }
 
+    /// The ring as a switch is shown it that has not had it before.
+    pub fn setup(&self) -> RingSetup<'_> {
+        let at = self.ring.addresses();
+        RingSetup {
+            size: self.ring.size(),
+            addresses: RingAddresses {
+                descriptors: at.descriptors,
+                driver: at.driver,
+                device: at.device,
+                log: None,
+            },
+            // A packed ring starts with its wrap counter set.
+            base: if self.ring.form() == Form::Packed { 0x8000 } else { 0 },
+            kick: Some(self.kick.as_fd()),
+            call: Some(self.call.as_fd()),
+        }
+    }
+
     /// Makes what was added available and rings if asked to.
     pub fn publish(&mut self) {
         if self.ring.publish() {
@@ -185,53 +204,76 @@ impl Player {
         Self::start(stream, spec)
     }
 
-    fn start(stream: UnixStream, spec: PlayerSpec) -> Result<Self> {
-        let mut frontend = Frontend::from(stream);
-        let negotiated = frontend.negotiate(spec.features(), Protocol::REPLY_ACK | Protocol::MQ)?;
-        let missing = spec.features() - negotiated.features;
-        ensure!(missing.is_empty(), "the switch does not offer {missing:?}");
-        let arena = Arena::new(BASE, spec.memory())?;
-        let region = MemoryRegion {
-            guest: U64::new(BASE),
-            size: U64::new(arena.len()),
-            user: U64::new(BASE),
-            offset: U64::ZERO,
-        };
-        frontend.show_memory(&[region], &[arena.fd()])?;
-        let mut player =
-            Self { spec, frontend, arena, negotiated, transmit: Vec::new(), receive: Vec::new() };
-        for queue in 0..spec.queues {
-            player.start_pair(u8::try_from(queue)?)?;
-        }
+    /// Starts every queue over this connection.
+    pub fn start(stream: UnixStream, spec: PlayerSpec) -> Result<Self> {
+        let mut player = Self::silent(stream, spec)?;
+        player.attach()?;
         Ok(player)
     }
 
+    /// With its memory and rings, over a connection on which nothing was said yet.
+    pub fn silent(stream: UnixStream, spec: PlayerSpec) -> Result<Self> {
+        let arena = Arena::new(BASE, spec.memory())?;
+        let lanes = |buffer: usize| -> Result<Vec<Lane>> {
+            (0..spec.queues).map(|_| Lane::new(&arena, &spec, buffer)).collect()
+        };
+        let mut receive = lanes(spec.landing())?;
+        let transmit = lanes((HEADER + spec.max_frame).next_multiple_of(64))?;
+        receive.iter_mut().try_for_each(|lane| fill(lane, &spec))?;
+        let (frontend, negotiated) = (Frontend::from(stream), Negotiated::default());
+        Ok(Self { spec, frontend, arena, negotiated, transmit, receive })
+    }
+
+    /// Goes on over another connection, with the same memory and rings: its switch was restarted. Where a packed ring goes
+    /// on would be in an in-flight record, which a player does not keep.
+    pub fn attach_again(&mut self, stream: UnixStream) -> Result<()> {
+        ensure!(!self.spec.packed, "only split rings say themselves where they go on");
+        self.frontend = Frontend::from(stream);
+        self.introduce()?;
+        // As QEMU does, before they are started: what waits in a ring that is not enabled is dropped.
+        for index in 0..2 * self.spec.queues {
+            self.frontend.enable_ring(u8::try_from(index)?, true)?;
+        }
+        self.start_rings()
+    }
+
+    fn attach(&mut self) -> Result<()> {
+        self.introduce()?;
+        self.start_rings()
+    }
+
+    /// Agrees on features and shows the memory.
+    fn introduce(&mut self) -> Result<()> {
+        let wanted = self.spec.features();
+        self.negotiated = self.frontend.negotiate(wanted, Protocol::REPLY_ACK | Protocol::MQ)?;
+        let missing = wanted - self.negotiated.features;
+        ensure!(missing.is_empty(), "the switch does not offer {missing:?}");
+        Ok(self.frontend.show_memory(&[self.region()], &[self.arena.fd()])?)
+    }
+
+    fn start_rings(&mut self) -> Result<()> {
+        for queue in 0..self.spec.queues {
+            self.start_pair(u8::try_from(queue)?)?;
+        }
+        Ok(())
+    }
+
+    /// All memory, at its guest-physical addresses.
+    pub fn region(&self) -> MemoryRegion {
+        MemoryRegion {
+            guest: U64::new(BASE),
+            size: U64::new(self.arena.len()),
+            user: U64::new(BASE),
+            offset: U64::ZERO,
+        }
+    }
+
     fn start_pair(&mut self, queue: u8) -> Result<()> {
-        let mut receive = Lane::new(&self.arena, &self.spec, self.spec.landing())?;
-        let transmit =
-            Lane::new(&self.arena, &self.spec, (HEADER + self.spec.max_frame).next_multiple_of(64))?;
-        fill(&mut receive, &self.spec)?;
-        // A packed ring starts with its wrap counter set.
-        let base = if self.spec.packed { 0x8000 } else { 0 };
-        for (index, lane) in [(2 * queue, &receive), (2 * queue + 1, &transmit)] {
-            let at = lane.ring.addresses();
-            let setup = RingSetup {
-                size: self.spec.size,
-                addresses: RingAddresses {
-                    descriptors: at.descriptors,
-                    driver: at.driver,
-                    device: at.device,
-                    log: None,
-                },
-                base,
-                kick: Some(lane.kick.as_fd()),
-                call: Some(lane.call.as_fd()),
-            };
-            self.frontend.start_ring(index, &setup)?;
+        let at = usize::from(queue);
+        for (index, lane) in [(2 * queue, &self.receive[at]), (2 * queue + 1, &self.transmit[at])] {
+            self.frontend.start_ring(index, &lane.setup())?;
             self.frontend.enable_ring(index, true)?;
         }
-        self.receive.push(receive);
-        self.transmit.push(transmit);
         Ok(())
     }
 

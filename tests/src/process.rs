@@ -6,6 +6,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -31,6 +32,12 @@ pub fn command_on(cpus: &[usize], program: impl AsRef<OsStr>) -> Command {
     let mut command = command("taskset");
     command.args(["-c", &list.join(",")]).arg(program);
     command
+}
+
+/// Has all commands that are run from now on inherit `fd`, under the number that is returned.
+pub fn inheritable(fd: &OwnedFd) -> Result<RawFd> {
+    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+    Ok(fd.as_raw_fd())
 }
 
 /// Runs a short command to its end; its standard output, or an error with what it wrote to standard error.

@@ -43,7 +43,7 @@ pub const NESTED: Packages = &[
     "util-linux",
 ];
 /// The packet generator.
-pub const TESTPMD: Packages = &["dpdk", "util-linux"];
+pub const TESTPMD: Packages = &["dpdk", "dpdk-dev", "util-linux"];
 /// The switch to compare with.
 pub const OVS: Packages = &["openvswitch-switch-dpdk", "util-linux"];
 /// Capture files.

@@ -265,13 +265,25 @@ pub fn apply(baseline: Baseline, leaves: &mut Vec<kvm_cpuid_entry2>) -> Result<(
         (0xd, component) => component < 32 && components & (1 << component) != 0,
         _ => true,
     });
+    let area = state_area(leaves);
     for leaf in leaves.iter_mut() {
         mask(leaf, sets, components);
+        if (leaf.function, leaf.index) == (0xd, 0) {
+            leaf.ecx = area;
+        }
         if let Some(kind) = kind {
             name(leaf, kind);
         }
     }
     Ok(())
+}
+
+/// Bytes that XSAVE needs for all components shown: x87, SSE and a header, and each other one at its place. KVM says how many
+/// those need that are switched on, but leaves this one as it is on the host.
+fn state_area(leaves: &[kvm_cpuid_entry2]) -> u32 {
+    const FIRST: u32 = 512 + 64;
+    let others = leaves.iter().filter(|leaf| leaf.function == 0xd && leaf.index > 1);
+    others.map(|leaf| leaf.ebx.saturating_add(leaf.eax)).fold(FIRST, u32::max)
 }
 
 /// Has a leaf say which kind of processor it is.
@@ -359,6 +371,23 @@ mod tests {
             assert!(leaf(&leaves, 0x14, 0).is_none() && leaf(&leaves, 7, 1).is_none());
             assert!(leaf(&leaves, 0x8000_001f, 0).is_none() && leaf(&leaves, 0xd, 18).is_none());
             assert_ne!(leaf(&leaves, 7, 0).unwrap().edx & (1 << 26), 0, "guards against speculation stay");
+        }
+    }
+
+    #[test]
+    fn area_for_state_is_as_large_as_the_components_shown_need() {
+        let mut leaves = everything();
+        for leaf in leaves.iter_mut().filter(|leaf| leaf.function == 0xd) {
+            (leaf.eax, leaf.ebx) = match leaf.index {
+                2 => (256, 576),
+                5 => (64, 1088),
+                _ => (leaf.eax, leaf.ebx),
+            };
+        }
+        for (baseline, bytes) in [(Baseline::V3, 832), (Baseline::V4, 1152)] {
+            let mut leaves = leaves.clone();
+            apply(baseline, &mut leaves).unwrap();
+            assert_eq!(leaf(&leaves, 0xd, 0).unwrap().ecx, bytes, "{baseline:?}");
         }
     }
 

@@ -8,6 +8,7 @@ mod exit;
 mod kick;
 mod vm;
 
+use std::arch::x86_64::__cpuid;
 use std::ffi::c_ulong;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::OnceLock;
@@ -16,7 +17,7 @@ use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV, KVM_CAP_HYPERV_EVENTFD, KVM_CAP_HYPERV_SYNIC2, KVM_CAP_HYPERV_TIME,
     KVM_CAP_HYPERV_VP_INDEX, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD,
     KVM_CAP_MAX_VCPUS, KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY,
-    KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES,
+    KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::Kvm;
 
@@ -107,6 +108,16 @@ pub fn virtualizes_apic() -> bool {
     })
 }
 
+/// Has the leaves say the name of this processor, as its own do.
+fn name(leaves: &mut [kvm_cpuid_entry2]) {
+    for leaf in leaves.iter_mut().filter(|leaf| (0x8000_0002..=0x8000_0004).contains(&leaf.function)) {
+        #[allow(unused_unsafe, reason = "the oldest Rust that builds this calls it unsafe")]
+        // SAFETY: every 64-bit processor has the instruction, and it changes nothing but its results.
+        let own = unsafe { __cpuid(leaf.function) };
+        (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (own.eax, own.ebx, own.ecx, own.edx);
+    }
+}
+
 /// Checks what is needed against what there is.
 fn complete(has: impl Fn(u32) -> bool) -> Result<(), KvmError> {
     match NEEDED.iter().find(|(number, ..)| !has(*number)) {
@@ -139,12 +150,15 @@ impl Host {
         Ok(Self { kvm, msr_filter, deadline_timer })
     }
 
-    /// Processor features that KVM can give to guests here.
+    /// Processor features that KVM can give to guests here, and the processor's name, which KVM leaves empty.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("list processor features"))
+        let leaves = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        let mut leaves = leaves.map_err(failed("list processor features"))?;
+        name(leaves.as_mut_slice());
+        Ok(leaves)
     }
 
     /// Hyper-V features that KVM can give to guests here (leaves 0x40000000 and up).
@@ -210,6 +224,20 @@ mod tests {
         let error = complete(|number| number != 191).unwrap_err();
         let text = "this host's KVM lacks KVM_CAP_SYS_HYPERV_CPUID (list of Hyper-V features); Linux 5.11 or later has it";
         assert_eq!(error.to_string(), text);
+    }
+
+    #[test]
+    fn leaves_get_the_name_that_the_kernel_has_of_this_processor() {
+        let empty = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+        let mut leaves: Vec<_> = (0x8000_0001..=0x8000_0005).map(empty).collect();
+        name(&mut leaves);
+        assert_eq!((leaves[0], leaves[4]), (empty(0x8000_0001), empty(0x8000_0005)));
+        let words = leaves[1..4].iter().flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+        let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).take_while(|byte| *byte != 0).collect();
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let shown = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        let shown = shown.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap();
+        assert!(bytes.is_empty() || words(&String::from_utf8_lossy(&bytes)) == words(shown), "{shown}");
     }
 
     #[test]

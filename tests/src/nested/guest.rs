@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::host::Host;
 use crate::orders::Orders;
@@ -92,6 +92,23 @@ impl Guest {
     /// What its kernel has said to the console.
     pub fn console(&self) -> Result<String> {
         Ok(self.host.run(&format!("cat {}", self.log), SHORT)?.stdout)
+    }
+
+    /// Channels of its first card that are in use.
+    pub fn channels(&self) -> Result<u64> {
+        let shown = self.check("ethtool -l eth0", SHORT)?;
+        let current = shown.split("Current hardware settings").nth(1).context("no settings")?;
+        let count = current.lines().find_map(|line| line.strip_prefix("Combined:")).context("no channels")?;
+        Ok(count.trim().parse()?)
+    }
+
+    /// An error if its kernel complains about itself or about drivers.
+    pub fn expect_content(&self) -> Result<()> {
+        // Stalls are this machine's: its processors are software, and may be busy.
+        let bad = "dmesg | grep -A 20 -E 'BUG:|Oops|NETDEV WATCHDOG|WARNING:.* (drivers|net)/' | head -n 40";
+        let found = self.check(bad, SHORT)?;
+        ensure!(found.is_empty(), "guest {} complains: {found}", self.name);
+        Ok(())
     }
 
     /// What is known of it when something went wrong.

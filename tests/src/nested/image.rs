@@ -85,18 +85,9 @@ pub fn guest(cache: &Path, flavour: Flavour) -> Result<Boot> {
     };
     image.modules(&kernel, &modules)?;
     if flavour == Flavour::Full {
-        disk_modules(&mut image, &kernel)?;
+        image.numbered_modules(&kernel, DISK_MODULES, "mod/disk")?;
     }
     Ok(Boot { kernel: kernel.image(), initrd: image.cached(cache, name)? })
-}
-
-/// Adds [`DISK_MODULES`] as `/mod/disk`, in the order to load them.
-fn disk_modules(image: &mut Image, kernel: &Kernel) -> Result<()> {
-    for (number, module) in kernel.modules(DISK_MODULES)?.iter().enumerate() {
-        let name = module.file_name().and_then(|name| name.to_str()).context("unexpected module name")?;
-        image.copy(module, &format!("mod/disk/{number:02}-{name}"))?;
-    }
-    Ok(())
 }
 
 /// What the nested host boots: Debian's cloud kernel, QEMU, the guests' files, and `programs`, which includes the porter.

@@ -11,11 +11,13 @@
 //! | [`guest`] | a guest in it, driven over its console |
 //! | [`peer`] | QEMU as the guest's VMM |
 //! | [`yardd`] | our daemon in it, and its VMs |
+//! | [`dpdk`] | testpmd in a guest |
 //! | [`stream`] | a TCP connection under load, its bytes compared |
 //! | [`scene`] | the frame of a test |
 //! | [`image`] | what both are made of |
 //! | [`link`], [`wire`], [`porter`] | the line between a test and the host |
 
+pub mod dpdk;
 pub mod guest;
 pub mod host;
 pub mod image;
@@ -32,6 +34,6 @@ pub use guest::Guest;
 pub use host::{Host, HostSpec};
 pub use namespace::Namespace;
 pub use peer::{Peer, PeerSpec};
-pub use scene::{Steps, nested, scene};
+pub use scene::{Steps, nested, scene, scene_on};
 pub use stream::Stream;
 pub use yardd::{VmNic, VmSpec, Yardd};

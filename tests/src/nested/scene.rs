@@ -25,7 +25,17 @@ const SHORT: Duration = Duration::from_secs(20);
 /// Boots a nested host, starts the daemon there with `config`, and runs `test`, as [`nested`] does. A failure comes with
 /// what workers and guests have said last.
 pub fn scene(name: &str, config: &str, test: impl Fn(&Host, Yardd, &mut Steps) -> Result<()>) -> Result<()> {
-    nested(name, |_, host| {
+    scene_on(name, |host| host, config, test)
+}
+
+/// As [`scene`], in another nested host than the usual.
+pub fn scene_on(
+    name: &str,
+    other: impl Fn(HostSpec) -> HostSpec,
+    config: &str,
+    test: impl Fn(&Host, Yardd, &mut Steps) -> Result<()>,
+) -> Result<()> {
+    nested_on(name, other, |_, host| {
         let mut steps = Steps::default();
         Yardd::start(host, &[SWITCH_CPU], config)
             .and_then(|yardd| test(host, yardd, &mut steps))
@@ -42,9 +52,19 @@ pub fn scene(name: &str, config: &str, test: impl Fn(&Host, Yardd, &mut Steps) -
 /// On one processor of this machine, where the emulated ones take turns, that is rare. A test in which it is seen says
 /// nothing about us, and is made again; any other failure counts, and so does one that comes each time.
 pub fn nested(name: &str, test: impl Fn(&Lab, &Host) -> Result<()>) -> Result<()> {
+    nested_on(name, |host| host, test)
+}
+
+/// As [`nested`], with what `other` makes of the usual host.
+fn nested_on(
+    name: &str,
+    other: impl Fn(HostSpec) -> HostSpec,
+    test: impl Fn(&Lab, &Host) -> Result<()>,
+) -> Result<()> {
     case::shared(name, &[], |lab| {
         for attempt in 1..=ATTEMPTS {
-            let spec = HostSpec { name: format!("host{attempt}"), ..HostSpec::new(&programs()?).steady() };
+            let usual = HostSpec::new(&programs()?).steady();
+            let spec = HostSpec { name: format!("host{attempt}"), ..other(usual) };
             let host = Host::boot(lab, &spec, BOOT)?;
             println!("nested host: {:.1} s", host.boot_time().as_secs_f64());
             let Err(error) = test(lab, &host) else { return Ok(()) };

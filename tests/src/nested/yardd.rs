@@ -73,6 +73,8 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// Which of Debian's kernels.
     pub flavour: Flavour,
+    /// Its root file system, a path of the host, if not the usual one.
+    pub initrd: Option<String>,
     /// Adapters.
     pub nics: Vec<VmNic>,
     /// More words for the kernel's command line.
@@ -89,6 +91,7 @@ impl VmSpec {
             memory_mb: 256,
             vcpus: 1,
             flavour: Flavour::Full,
+            initrd: None,
             nics: Vec::new(),
             kernel_arguments: String::new(),
             settings: String::new(),
@@ -114,7 +117,8 @@ impl VmSpec {
             })
             .collect();
         let cmdline = command_line(&addresses, &self.kernel_arguments);
-        let (kernel, initrd) = (guest_kernel(self.flavour), guest_initrd(self.flavour));
+        let usual = guest_initrd(self.flavour);
+        let (kernel, initrd) = (guest_kernel(self.flavour), self.initrd.as_deref().unwrap_or(usual));
         let mut config = format!(
             "[vm.{name}]\nmemory = \"{memory_mb}M\"\nvcpus = {vcpus}\nkernel = {kernel:?}\ninitrd = {initrd:?}\n\
              cmdline = {cmdline:?}\n{settings}\n"

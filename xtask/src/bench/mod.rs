@@ -11,6 +11,7 @@ mod namespaces;
 mod nic;
 mod peers;
 mod plan;
+mod restart;
 mod scale;
 mod silent;
 mod table;
@@ -73,6 +74,8 @@ enum What {
     Scale,
     /// What waking from sleep adds to a ping.
     Wake,
+    /// How long frames stay away when the daemon is killed and started again.
+    Restart,
     /// Criterion benches of the parts.
     Micro,
     /// Everything, one after the other.
@@ -80,7 +83,7 @@ enum What {
 }
 
 impl What {
-    const EACH: [Self; 9] = [
+    const EACH: [Self; 10] = [
         Self::Vhost,
         Self::Generator,
         Self::Guests,
@@ -89,6 +92,7 @@ impl What {
         Self::Vsc,
         Self::Scale,
         Self::Wake,
+        Self::Restart,
         Self::Micro,
     ];
 
@@ -102,6 +106,7 @@ impl What {
             Self::Vsc => "vsc",
             Self::Scale => "scale",
             Self::Wake => "wake",
+            Self::Restart => "restart",
             Self::Micro => "micro",
             Self::All => "all",
         }
@@ -113,20 +118,22 @@ impl What {
             Self::Guests => &[setup::GUESTS, setup::OVS],
             Self::Tap => &[setup::NETWORK, setup::OVS],
             Self::Nic => &[setup::NESTED],
-            Self::Wake => &[setup::NETWORK],
+            Self::Wake | Self::Restart => &[setup::NETWORK],
             Self::Scale | Self::Vsc | Self::Micro => &[],
             Self::All => return setup::all_packages(),
         };
         packages.concat()
     }
 
-    /// OVS-DPDK takes 512 huge pages, each testpmd 256, the generator a few.
+    /// OVS-DPDK takes 512 huge pages, each testpmd 256, of which two run at a time, the generator a few.
     fn needs(self) -> &'static [Need] {
         match self {
-            Self::Vhost => &[Need::Root, Need::Processors(2), Need::HugePages(1536)],
+            Self::Vhost => &[Need::Root, Need::Processors(2), Need::HugePages(1024)],
             Self::Generator => &[Need::Root, Need::Processors(2), Need::HugePages(832)],
             Self::Guests => &[Need::Root, Need::Processors(2), Need::HugePages(512)],
-            Self::Tap | Self::Wake => &[Need::Root, Need::Processors(2), Need::Tap, Need::Namespaces],
+            Self::Tap | Self::Wake | Self::Restart => {
+                &[Need::Root, Need::Processors(2), Need::Tap, Need::Namespaces]
+            }
             Self::Nic => &[Need::Processors(2)],
             Self::Scale => &[Need::Root, Need::Processors(2), Need::HugePages(16)],
             Self::Vsc | Self::Micro | Self::All => &[],
@@ -177,6 +184,7 @@ fn run_one(options: &Options, what: What) -> Result<()> {
         What::Nic => nic::run(&plan, &options.nic, &mut report)?,
         What::Scale => scale::run(&plan, &mut report)?,
         What::Wake => wake::run(&plan, &mut report)?,
+        What::Restart => restart::run(&plan, &mut report)?,
         What::Vsc | What::Micro | What::All => {}
     }
     println!("{}", report.markdown());

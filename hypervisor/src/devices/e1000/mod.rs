@@ -331,7 +331,7 @@ impl Core {
         }
         // The only thing that the switch may say: the checksum was verified.
         let verified = message[0] & 2 != 0;
-        let (first, rest) = (message[VNET], message.len() - VNET);
+        let (first, octets) = (message[VNET], octets(message.len() - VNET));
         let to_all = message[VNET..VNET + 6] == [0xff; 6];
         message.drain(..VNET);
         let mut ring = self.receive;
@@ -340,7 +340,7 @@ impl Core {
         match received {
             Received::Stored => {
                 [GPRC, TPR].into_iter().for_each(|register| self.count(register, 1));
-                [GORC, TOR].into_iter().for_each(|register| self.count_bytes(register, rest));
+                [GORC, TOR].into_iter().for_each(|register| self.count_bytes(register, octets));
                 if to_all {
                     self.count(BPRC, 1);
                 } else if first & 1 != 0 {
@@ -357,6 +357,12 @@ impl Core {
         }
         Ok(())
     }
+}
+
+/// What a frame of `len` bytes counts for: nothing is shorter on the wire, and the check sequence belongs to it (manual,
+/// section 13.7).
+fn octets(len: usize) -> usize {
+    len.max(60) + 4
 }
 
 /// The word of a table that `register` is.

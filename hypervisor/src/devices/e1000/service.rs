@@ -14,7 +14,7 @@ use super::interrupt::Line;
 use super::registers::{BPTC, CAUSE_TXDW, CAUSE_TXQE, GOTC, GPTC, MPTC, TOT, TPT, TSCTC};
 use super::ring::E1000Fault;
 use super::transmit::{Backlog, LONGEST, Transmitter, VNET};
-use super::{Core, Shared};
+use super::{Core, Shared, octets};
 
 /// Frames in a row before the lock is given up: a virtual processor may wait for it.
 const BATCH: usize = 16;
@@ -38,7 +38,7 @@ struct Sent {
 impl Sent {
     fn count(&mut self, frame: &[u8]) {
         self.frames += 1;
-        self.bytes += frame.len();
+        self.bytes += octets(frame.len());
         match frame.first_chunk::<6>() {
             Some([0xff, 0xff, 0xff, 0xff, 0xff, 0xff]) => self.broadcast += 1,
             Some([first, ..]) if first & 1 != 0 => self.multicast += 1,

@@ -276,6 +276,27 @@ fn frame_from_the_wire_fills_buffers_and_interrupts() {
 }
 
 #[test]
+fn bytes_are_counted_as_they_are_on_the_wire() {
+    let driver = Driver::new();
+    for index in 0..2 {
+        driver.descriptor(RX, index, data(BUFFERS, 0, 0, 0, 0));
+    }
+    driver.set(RDT, 2);
+    driver.start();
+    for frame in [ethernet(MAC, 42), ethernet(MAC, 100)] {
+        rustix::io::write(&driver.far, &[&[0; 12][..], &frame].concat()).unwrap();
+    }
+    until("reception", || driver.peek(RX + 16 + 12, 1)[0] & 1 != 0);
+    assert_eq!((driver.get(GORC), driver.get(TOR)), (64 + 104, 64 + 104));
+
+    driver.descriptor(TX, 0, data(BUFFERS, 42, 0, 1 | 8, 0));
+    driver.descriptor(TX, 1, data(BUFFERS, 100, 0, 1 | 8, 0));
+    driver.set(TDT, 2);
+    until("transmission", || driver.get(TDH) == 2);
+    assert_eq!((driver.get(GOTC), driver.get(TOT)), (64 + 104, 64 + 104));
+}
+
+#[test]
 fn tag_is_taken_off_and_put_on() {
     let driver = Driver::new();
     driver.set(CTRL, CTRL_VME);
