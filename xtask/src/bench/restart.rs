@@ -83,7 +83,7 @@ impl Ends for Guests {
         Ok(Some(number))
     }
 
-    /// The receiver first: what is sent to a guest that is not back is lost.
+    /// The receiver first if the switch has come to both: what is sent to a guest that is not back is lost.
     fn follow(&mut self) -> Result<()> {
         for (listener, player) in self.listeners.iter().zip(&mut self.players).rev() {
             if let Ok((stream, _)) = listener.accept() {
