@@ -16,13 +16,11 @@ use host::config::{nic_change_request, nic_request, vm_request};
 use host::vm::spec::{LinkState, VmChange, VmSpec};
 use host::vm::{Cgroups, Manager, Settings, VmReport, VmState};
 use hypervisor::control::Command;
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::{Value, json};
 use support::played::{FakeNetwork, definition, manager, settings, until};
-use support::{Fake, Server};
+use support::{Fake, Server, terminal};
 use tempfile::TempDir;
 use vswitch::spec::{Attachment, PortSpec};
 
@@ -522,12 +520,7 @@ fn console_on_a_terminal_passes_every_key_and_leaves_the_terminal_as_it_was() {
     let server = Server::start(Fake::with_lab(), Limits::default());
     server.vms.define(spec("web", json!({}))).unwrap();
     server.vms.start("web").unwrap();
-    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-    grantpt(&screen).unwrap();
-    unlockpt(&screen).unwrap();
-    let terminal = ptsname(&screen, Vec::new()).unwrap();
-    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let terminal = rustix::fs::open(terminal, flags, Mode::empty()).unwrap();
+    let (mut screen, terminal, _) = terminal::open();
     let modes = || {
         let now = tcgetattr(&terminal).unwrap();
         (now.input_modes, now.output_modes, now.local_modes)
@@ -541,7 +534,6 @@ fn console_on_a_terminal_passes_every_key_and_leaves_the_terminal_as_it_was() {
         .stderr(terminal.try_clone().unwrap())
         .spawn()
         .unwrap();
-    let mut screen = std::fs::File::from(screen);
     until(&mut screen, "Ctrl-] leaves.\r\n");
     let local = modes().2;
     assert!(!local.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "{local:?}");

@@ -1,6 +1,6 @@
 //! A terminal in the place of a disk: it takes what is written, and hangs while its output is stopped.
 
-use std::fs::{read_dir, read_link};
+use std::fs::{File, read_dir, read_link};
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -11,8 +11,19 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Action, OptionalActions, tcflow, tcgetattr, tcsetattr};
 
+/// A new terminal: its screen, the line that programs have, and the line's path.
+pub fn open() -> (File, OwnedFd, PathBuf) {
+    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let name = ptsname(&screen, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let line = rustix::fs::open(&name, flags, Mode::empty()).unwrap();
+    (screen.into(), line, name.into_string().unwrap().into())
+}
+
 pub struct Terminal {
-    screen: std::fs::File,
+    screen: File,
     line: OwnedFd,
     pub path: PathBuf,
     shown: Vec<u8>,
@@ -20,18 +31,12 @@ pub struct Terminal {
 
 impl Terminal {
     pub fn new() -> Self {
-        let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        grantpt(&screen).unwrap();
-        unlockpt(&screen).unwrap();
-        let name = ptsname(&screen, Vec::new()).unwrap();
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let line = rustix::fs::open(&name, flags, Mode::empty()).unwrap();
+        let (screen, line, path) = open();
         let mut modes = tcgetattr(&line).unwrap();
         modes.make_raw();
         tcsetattr(&line, OptionalActions::Now, &modes).unwrap();
         rustix::io::ioctl_fionbio(&screen, true).unwrap();
-        let path = name.into_string().unwrap().into();
-        Self { screen: screen.into(), line, path, shown: Vec::new() }
+        Self { screen, line, path, shown: Vec::new() }
     }
 
     /// From now on it takes nothing, and keeps `process` waiting, which has opened it and would rather not wait. False if

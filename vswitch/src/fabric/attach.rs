@@ -189,7 +189,7 @@ impl Fabric {
             .map_err(|error| FabricError::failed(format!("setting the MTU of device `{name}`"), error))
     }
 
-    /// Connects a port that was just made, or that is restarted. Those of a pcap port are connected when they are open.
+    /// Connects a port that was just made, or that is restarted. A pcap port's files are connected when they are open.
     pub(super) fn attach(&self, port: &Port) -> Result<(), FabricError> {
         device(port)?;
         self.nudge(port);

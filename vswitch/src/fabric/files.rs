@@ -96,12 +96,17 @@ impl Disks {
                 Err(FileError::Silent { path: path.clone() })
             })
         });
-        opened.map(Some).map_err(|error| FabricError::failed(format!("port {port}"), error))
+        in_use_by(port, opened)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A file that was opened for `port`, or why it was not.
+pub(super) fn in_use_by<T>(port: &str, opened: Result<T, FileError>) -> Result<Option<T>, FabricError> {
+    opened.map(Some).map_err(|error| FabricError::failed(format!("port {port}"), error))
 }
 
 fn not_closed(port: &str, error: &FileError) {

@@ -6,12 +6,12 @@ use vmq::rss::ToeplitzKey;
 use vmq::worker::{Nanos, Polled, Task};
 
 use super::attach::Attached;
-use super::files::Files;
+use super::files::{Files, in_use_by};
 use super::switch::{Port, Switch};
 use super::validate;
 use crate::error::FabricError;
 use crate::port::{PortCore, PortId};
-use crate::ports::file::{FileError, FileSink, FileSource, WhenFull};
+use crate::ports::file::{FileSink, FileSource, WhenFull};
 use crate::queue::{Scratch, Sink, SinkQueue, Source, SourceQueue};
 use crate::report::{FabricReport, SwitchReport};
 use crate::snapshot::Steering;
@@ -116,16 +116,12 @@ fn played_file(port: &Port) -> Result<Option<FileSource>, FabricError> {
     let Attachment::Pcap { read: Some(path), pace, repeat, .. } = &port.spec.attachment else {
         return Ok(None);
     };
-    opened(port, FileSource::open(path, *pace, *repeat))
+    in_use_by(&port.core.name, FileSource::open(path, *pace, *repeat))
 }
 
 fn written_file(port: &Port, epoch: u64) -> Result<Option<FileSink>, FabricError> {
     let Attachment::Pcap { write: Some(path), .. } = &port.spec.attachment else { return Ok(None) };
-    opened(port, FileSink::create(path, &port.core.name, epoch, true, WhenFull::Wait))
-}
-
-fn opened<T>(port: &Port, file: Result<T, FileError>) -> Result<Option<T>, FabricError> {
-    file.map(Some).map_err(|error| FabricError::failed(format!("port {}", port.core.name), error))
+    in_use_by(&port.core.name, FileSink::create(path, &port.core.name, epoch, true, WhenFull::Wait))
 }
 
 fn play(switches: &[Switch]) {

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -12,6 +13,11 @@ use super::table::{Row, Series};
 
 /// Between a peer's thaw, or its clients' start, and its measurement.
 pub const SETTLE: Duration = Duration::from_millis(300);
+
+/// What a thread has to say; its panic is ours.
+pub fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
 
 /// Something that is measured beside others: a switch with its clients.
 pub trait Peer {

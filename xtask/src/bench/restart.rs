@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -23,7 +22,7 @@ use vmq::os::tap;
 use super::goal::Goal;
 use super::namespaces::RIGHT;
 use super::peers::{CLIENT_CPU, SWITCH, SWITCH_CPU};
-use super::plan::Plan;
+use super::plan::{Plan, join};
 use super::table::{Report, Row, Table};
 
 /// From one frame to the next, in microseconds.
@@ -273,10 +272,6 @@ fn crash(
         again?;
         Ok((yardd?, outcome?))
     })
-}
-
-fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Sends at a steady pace until it is `over` and frames come again, and looks at what comes until a little later.

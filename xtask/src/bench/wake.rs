@@ -12,7 +12,7 @@ use switchyard_tests::station::Station;
 use super::goal::Goal;
 use super::namespaces::{Joined, Kind, RIGHT};
 use super::peers::{CLIENT_CPU, SWITCH_CPU};
-use super::plan::{Figure, Peer, Plan};
+use super::plan::{Figure, Peer, Plan, join};
 use super::table::{Report, Table, median};
 
 /// Pings in a measurement.
@@ -75,9 +75,7 @@ impl Echo {
             }
             Ok(median(&times))
         };
-        std::thread::scope(|scope| {
-            scope.spawn(trips).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        std::thread::scope(|scope| join(scope.spawn(trips)))
     }
 }
 
