@@ -226,9 +226,19 @@ impl Guest {
         Ok(())
     }
 
-    /// One round: takes back what was sent and sends it again; takes what was received, looks at it, gives it back.
+    /// One round: takes back what was sent and sends it again; takes what was received, looks at it, gives it back. The lines
+    /// that will be written are asked for first: they come while those that are read do.
     #[inline]
     fn round(&mut self) {
+        self.sent += u64::from(self.transmit.take_back(BURST));
+        let free = self.transmit.free().min(BURST);
+        let first = usize::from(self.transmit.next_offered());
+        let size = self.buffers.len();
+        let slots = (first..first + usize::from(free)).map(|at| if at < size { at } else { at - size });
+        for index in slots.clone() {
+            self.arena.prefetch_write(self.buffers[index] + HEADER);
+        }
+
         let (arena, landing) = (&self.arena, &self.landing);
         let mut checksum = self.checksum;
         let received = self.receive.reclaim(BURST, |index, _| {
@@ -237,11 +247,8 @@ impl Guest {
         self.checksum = checksum;
         self.received += u64::from(received);
         self.receive.offer(received);
-        self.sent += u64::from(self.transmit.reclaim(BURST, |_, _| ()));
-        let free = self.transmit.free().min(BURST);
-        for ahead in 0..free {
-            let at = usize::from(self.transmit.next_offered()) + usize::from(ahead);
-            let index = at % self.buffers.len();
+
+        for index in slots {
             if self.rewrite {
                 self.address_frame(index);
             } else {

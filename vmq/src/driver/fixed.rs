@@ -1,7 +1,8 @@
 //! A ring for saturating traffic: every descriptor has one buffer for good, and all go round in order.
 //!
 //! Cost per buffer: nothing but a share of the index write in a split ring, one 8-byte write in a packed one. So the
-//! generator stays far from being the bottleneck of what it measures.
+//! generator stays far from being the bottleneck of what it measures. Who wants to know nothing of the buffers that come back
+//! takes them from a split ring at once, however many.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -39,11 +40,16 @@ impl Cursor {
 
     #[inline]
     fn step(&mut self, size: u16) {
-        self.count = self.count.wrapping_add(1);
-        self.slot += 1;
-        if self.slot == size {
-            (self.slot, self.wrap) = (0, !self.wrap);
-        }
+        self.advance(1, size);
+    }
+
+    /// By at most `size`.
+    #[inline]
+    fn advance(&mut self, by: u16, size: u16) {
+        self.count = self.count.wrapping_add(by);
+        let left = size - self.slot;
+        (self.slot, self.wrap) =
+            if by < left { (self.slot + by, self.wrap) } else { (by - left, !self.wrap) };
     }
 }
 
@@ -112,16 +118,19 @@ impl FixedRing {
         }
         self.out += count;
         let (arena, at) = (&self.parts.arena, &self.parts.at);
-        for _ in 0..count {
-            if self.form == Form::Packed {
-                let flags = if self.offered.wrap { AVAIL } else { USED };
-                let word = self.words[usize::from(self.offered.slot)] | u64::from(flags) << 48;
-                arena.write_u64(at.descriptors + DESC_BYTES * u64::from(self.offered.slot) + 8, word);
+        match self.form {
+            Form::Split => {
+                self.offered.advance(count, self.parts.size);
+                arena.write_u16(at.driver + 2, self.offered.count);
             }
-            self.offered.step(self.parts.size);
-        }
-        if self.form == Form::Split {
-            arena.write_u16(at.driver + 2, self.offered.count);
+            Form::Packed => {
+                for _ in 0..count {
+                    let flags = if self.offered.wrap { AVAIL } else { USED };
+                    let word = self.words[usize::from(self.offered.slot)] | u64::from(flags) << 48;
+                    arena.write_u64(at.descriptors + DESC_BYTES * u64::from(self.offered.slot) + 8, word);
+                    self.offered.step(self.parts.size);
+                }
+            }
         }
         fence(Ordering::SeqCst);
         match self.form {
@@ -134,14 +143,7 @@ impl FixedRing {
     /// many came back.
     #[inline]
     pub fn reclaim(&mut self, max: u16, mut visit: impl FnMut(u16, u32)) -> u16 {
-        let limit = max.min(self.out);
-        let ready = match self.form {
-            Form::Split => {
-                let shown = self.parts.arena.read_u16(self.parts.at.device + 2);
-                shown.wrapping_sub(self.reclaimed.count).min(limit)
-            }
-            Form::Packed => limit,
-        };
+        let ready = self.ready(max);
         let mut count = 0;
         while count < ready {
             let Some(len) = self.returned_len() else { break };
@@ -151,6 +153,29 @@ impl FixedRing {
         }
         self.out -= count;
         count
+    }
+
+    /// As [`FixedRing::reclaim`], of buffers whose contents nobody wants.
+    #[inline]
+    pub fn take_back(&mut self, max: u16) -> u16 {
+        if self.form == Form::Packed {
+            return self.reclaim(max, |_, _| ());
+        }
+        let count = self.ready(max);
+        self.reclaimed.advance(count, self.parts.size);
+        self.out -= count;
+        count
+    }
+
+    /// How many of at most `max` buffers may be back: what the index of a split ring says. A packed one has none, and all may.
+    #[inline]
+    fn ready(&self, max: u16) -> u16 {
+        let limit = max.min(self.out);
+        if self.form == Form::Packed {
+            return limit;
+        }
+        let shown = self.parts.arena.read_u16(self.parts.at.device + 2);
+        shown.wrapping_sub(self.reclaimed.count).min(limit)
     }
 
     /// Bytes that the device wrote to the buffer that comes back next. `None` if a packed one is not back yet.

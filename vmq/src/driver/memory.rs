@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use crate::memory::{Mapping, MappingError};
+use crate::memory::{Mapping, MappingError, prefetch_write};
 
 /// A guest's memory in one memfd, which can be handed over a socket, and an allocator of guest-physical addresses in
 /// it. Clones share the memory.
@@ -143,6 +143,12 @@ impl Arena {
     #[inline]
     pub fn write_u64(&self, gpa: u64, value: u64) {
         self.u64_at(gpa).store(value.to_le(), Ordering::Release);
+    }
+
+    /// Fetches the line at `gpa`, to be written soon.
+    #[inline]
+    pub fn prefetch_write(&self, gpa: u64) {
+        prefetch_write(self.at(gpa, 1));
     }
 
     /// Copies the bytes at `gpa` into `into`.

@@ -182,10 +182,14 @@ fn fixed_ring_goes_round_in_order() {
                 }
                 assert!(!device.publish(), "interrupts are off");
             });
-            fixed.reclaim(3, |index, len| {
-                assert_eq!((u32::from(index), len), (back % u32::from(size), back % 65));
-                back += 1;
-            });
+            if round % 8 < 4 {
+                fixed.reclaim(3, |index, len| {
+                    assert_eq!((u32::from(index), len), (back % u32::from(size), back % 65));
+                    back += 1;
+                });
+            } else {
+                back += u32::from(fixed.take_back(3));
+            }
         }
         assert!(taken > 65_536);
         assert!(taken - back <= u32::from(size));
