@@ -219,10 +219,13 @@ impl Manager {
 
     /// What the host does not do for any VM, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
-        let missing = self.settings.cgroups.no_cpuset().filter(|_| !self.lock().is_empty());
-        let missing = missing
+        if self.lock().is_empty() {
+            return Vec::new();
+        }
+        let shared = self.settings.cgroups.no_cpuset();
+        let shared = shared
             .map(|reason| format!("VMs are not kept off the processors on which the switch polls: {reason}"));
-        missing.into_iter().collect()
+        shared.into_iter().chain(self.settings.pages.small()).collect()
     }
 
     /// How a VM is.

@@ -12,6 +12,7 @@
 //! | `process`, `link` | the worker: its process, its control connection |
 //! | `directory` | a VM's directory |
 //! | `cgroup`, `parking` | its share of the host's processors, and which it leaves to the switch |
+//! | `pages` | what its memory is made of |
 //! | `users` | the user that a worker is |
 //! | `network`, `wiring` | what VMs need of the switch, and the switch |
 //! | `report` | what an operator is shown |
@@ -25,6 +26,7 @@ mod link;
 mod manager;
 mod network;
 mod nics;
+mod pages;
 mod parking;
 mod process;
 mod report;
@@ -47,6 +49,7 @@ pub use error::VmError;
 pub use manager::Manager;
 pub use network::{Channels, Network, Nics, OnEnd};
 pub use nics::MAX_NICS;
+pub use pages::Pages;
 pub use parking::Parking;
 pub use process::Launcher;
 pub use report::{
@@ -68,6 +71,8 @@ pub struct Settings {
     pub network: Arc<dyn Network>,
     /// The host's control groups.
     pub cgroups: Cgroups,
+    /// What the host's memory comes in.
+    pub pages: Pages,
     /// Processors of the host.
     pub cpus: Vec<usize>,
     /// Which of them VMs leave to the switch.

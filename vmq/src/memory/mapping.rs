@@ -9,6 +9,7 @@ use rustix::fs::MemfdFlags;
 
 use super::share::{Place, Share};
 use super::sigbus;
+use super::table::prefer_huge_pages;
 
 /// A file mapped for reading and writing, shared with whoever else maps it. Unmapped when dropped.
 ///
@@ -175,6 +176,11 @@ impl Mapping {
         }
         let mapping = Self::shared(fd.as_fd(), 0, len)?;
         Ok((mapping, fd))
+    }
+
+    /// Asks for huge pages where this mapping touches memory first.
+    pub fn prefer_huge_pages(&self) {
+        prefer_huge_pages(self.as_ptr(), self.whole);
     }
 
     /// Bytes mapped.

@@ -31,7 +31,7 @@ pub use mapping::{Mapping, MappingError};
 pub use pages::{MAX_PAGES, Pages, PagesError};
 pub use segment::{Next, Room, Segment};
 pub use share::Share;
-pub use table::table;
+pub use table::{prefer_huge_pages, table};
 pub use word::SharedWord;
 
 /// One contiguous range of guest-physical addresses backed by a mapping.

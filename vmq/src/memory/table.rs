@@ -1,4 +1,4 @@
-//! Large tables of our own on huge pages: random accesses to many small pages miss the translation cache each time.
+//! Large tables and guests' memory on huge pages: random accesses to many small pages miss the translation cache each time.
 
 use rustix::mm::{Advice, madvise};
 
@@ -14,11 +14,17 @@ pub fn table<T>(len: usize, make: impl FnMut() -> T) -> Box<[T]> {
     let start = room.start.map_addr(|address| address.next_multiple_of(page));
     let bytes = (room.end.addr() & !(page - 1)).saturating_sub(start.addr());
     if bytes >= HUGE {
-        // SAFETY: the advice changes neither contents nor access, and the pages are the table's own.
-        let _ = unsafe { madvise(start.cast(), bytes, Advice::LinuxHugepage) };
+        prefer_huge_pages(start.cast(), bytes);
     }
     table.extend(std::iter::repeat_with(make).take(len));
     table.into_boxed_slice()
+}
+
+/// Asks the kernel for huge pages wherever `len` bytes from `start`, the begin of a page, have none yet. It follows that as its
+/// policies say: `/sys/kernel/mm/transparent_hugepage/enabled`, and `shmem_enabled` for files in memory.
+pub fn prefer_huge_pages(start: *const u8, len: usize) {
+    // SAFETY: the advice changes neither contents of nor access to whatever is mapped there.
+    let _ = unsafe { madvise(start.cast_mut().cast(), len, Advice::LinuxHugepage) };
 }
 
 #[cfg(test)]
