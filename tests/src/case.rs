@@ -11,14 +11,14 @@ use crate::setup::{Need, lacks};
 /// Lines of each log that a failed test shows.
 const SHOWN_LINES: usize = 25;
 
-/// Runs `test` in a lab beside others.
-pub fn shared(name: &str, needs: &[Need], test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
-    run(name, needs, Lab::shared, test)
-}
-
 /// Runs `test` in a lab that has the machine to itself.
 pub fn exclusive(name: &str, needs: &[Need], test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     run(name, needs, Lab::exclusive, test)
+}
+
+/// Runs `test` in a lab that has one processor to itself.
+pub fn on_one_processor(name: &str, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+    run(name, &[], Lab::on_one_processor, test)
 }
 
 fn run(

@@ -156,6 +156,9 @@ impl Image {
         let mut hasher = DefaultHasher::new();
         self.hash(&mut hasher);
         let file = folder.join(format!("{name}-{:016x}.cpio", hasher.finish()));
+        // One makes it, others wait.
+        let lock = File::create(folder.join("lock"))?;
+        lock.lock()?;
         if !file.exists() {
             forget_old(folder, name)?;
             let part = tempfile::NamedTempFile::new_in(folder)?;

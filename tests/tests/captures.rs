@@ -95,7 +95,7 @@ fn play_offline(lab: &Lab, file: &Path, pace: &str, out: &Path, dropped: &Path) 
 
 #[test]
 fn every_frame_of_a_capture_is_written_or_dropped_with_its_reason() -> Result<()> {
-    case::shared("every_frame_of_a_capture_is_written_or_dropped_with_its_reason", &[], |lab| {
+    case::exclusive("every_frame_of_a_capture_is_written_or_dropped_with_its_reason", &[], |lab| {
         let mut forwarded = 0;
         for file in captures()? {
             let (out, dropped) = (lab.path("out.pcapng"), lab.path("dropped.pcapng"));
@@ -130,7 +130,7 @@ fn every_frame_of_a_capture_is_written_or_dropped_with_its_reason() -> Result<()
 
 #[test]
 fn same_files_in_are_same_bytes_out() -> Result<()> {
-    case::shared("same_files_in_are_same_bytes_out", &[], |lab| {
+    case::exclusive("same_files_in_are_same_bytes_out", &[], |lab| {
         for pace in ["recorded", "full"] {
             let mut runs = Vec::new();
             for run in 0..2 {
@@ -150,7 +150,7 @@ fn same_files_in_are_same_bytes_out() -> Result<()> {
 
 #[test]
 fn capture_played_live_comes_out_frame_by_frame() -> Result<()> {
-    case::shared("capture_played_live_comes_out_frame_by_frame", &[], |lab| {
+    case::exclusive("capture_played_live_comes_out_frame_by_frame", &[], |lab| {
         let (file, out) = (talk()?, lab.path("out.pcapng"));
         let input = packets(&file)?;
         let config = format!(
@@ -185,7 +185,7 @@ fn replayed(file: &Path, input: &[Packet]) -> Result<Vec<Packet>> {
 #[test]
 fn frames_of_tcpreplay_come_out_of_tap_and_file() -> Result<()> {
     let needs = [Need::Root, Need::Tap, Need::Namespaces];
-    case::shared("frames_of_tcpreplay_come_out_of_tap_and_file", &needs, |lab| {
+    case::exclusive("frames_of_tcpreplay_come_out_of_tap_and_file", &needs, |lab| {
         let device = |hint: &str| format!("yc{hint}{}", std::process::id() % 1_000_000);
         let devices = ["a", "b", "c"].map(device);
         let (file, out) = (talk()?, lab.path("out.pcapng"));
@@ -241,7 +241,7 @@ fn frames_of_tcpreplay_come_out_of_tap_and_file() -> Result<()> {
 
 #[test]
 fn broken_file_stops_its_port_only() -> Result<()> {
-    case::shared("broken_file_stops_its_port_only", &[], |lab| {
+    case::exclusive("broken_file_stops_its_port_only", &[], |lab| {
         let yardd = Yardd::start(lab, &programs()?, &[1], &private_switch(lab, &["left", "right"], 1))?;
         let party = |name: &str, number| Party::connect(&lab.path(name), number, PlayerSpec::new());
         let mut witness = Witness::start([party("left", 1)?, party("right", 2)?]);

@@ -44,7 +44,7 @@ fn json(yardd: &Yardd, words: &[&str]) -> Result<Value> {
 
 #[test]
 fn switches_ports_and_queues_change_while_frames_flow() -> Result<()> {
-    case::shared("switches_ports_and_queues_change_while_frames_flow", &[], |lab| {
+    case::exclusive("switches_ports_and_queues_change_while_frames_flow", &[], |lab| {
         let yardd = start(lab)?;
         let mut witness = witness(lab)?;
 
@@ -126,7 +126,7 @@ fn switches_ports_and_queues_change_while_frames_flow() -> Result<()> {
 
 #[test]
 fn exit_status_tells_what_went_wrong() -> Result<()> {
-    case::shared("exit_status_tells_what_went_wrong", &[], |lab| {
+    case::exclusive("exit_status_tells_what_went_wrong", &[], |lab| {
         let yardd = start(lab)?;
         let bad = lab.path("no/such/directory/x.pcap").display().to_string();
         let socket = lab.path("left").display().to_string();
@@ -171,7 +171,7 @@ fn exit_status_tells_what_went_wrong() -> Result<()> {
 
 #[test]
 fn live_capture_is_what_flows_with_names_and_drop_reasons() -> Result<()> {
-    case::shared("live_capture_is_what_flows_with_names_and_drop_reasons", &[], |lab| {
+    case::exclusive("live_capture_is_what_flows_with_names_and_drop_reasons", &[], |lab| {
         let yardd = start(lab)?;
         let mut witness = witness(lab)?;
 

@@ -91,7 +91,7 @@ fn answered(from: &dyn Station, address: &str, what: Ping) -> Result<()> {
 
 #[test]
 fn guests_exchange_bytes_with_every_offload_off_and_on() -> Result<()> {
-    case::shared("guests_exchange_bytes_with_every_offload_off_and_on", NEEDS, |lab| {
+    case::exclusive("guests_exchange_bytes_with_every_offload_off_and_on", NEEDS, |lab| {
         let mut scene = Scene::boot(lab, true)?;
         let (alpha, beta, gamma) = (&scene.alpha, &scene.beta, &scene.gamma);
         let features =
@@ -148,7 +148,7 @@ fn guests_exchange_bytes_with_every_offload_off_and_on() -> Result<()> {
 
 #[test]
 fn guests_carry_on_after_the_daemon_was_killed() -> Result<()> {
-    case::shared("guests_carry_on_after_the_daemon_was_killed", NEEDS, |lab| {
+    case::exclusive("guests_carry_on_after_the_daemon_was_killed", NEEDS, |lab| {
         // QEMU forgets where a packed ring stood when its switch dies.
         let Scene { mut yardd, mut alpha, beta, gamma, tap } = Scene::boot(lab, false)?;
         answered(&alpha, BETA, Ping::default())?;

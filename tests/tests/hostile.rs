@@ -104,7 +104,7 @@ fn offer_raw(player: &mut Player, descriptors: &[(u16, RawDescriptor)]) {
 
 #[test]
 fn broken_split_ring_stops_its_port_only() -> Result<()> {
-    case::shared("broken_split_ring_stops_its_port_only", &[], |lab| {
+    case::exclusive("broken_split_ring_stops_its_port_only", &[], |lab| {
         let mut scene = Scene::new(lab)?;
 
         let mut evil = scene.evil(split())?;
@@ -153,7 +153,7 @@ fn broken_split_ring_stops_its_port_only() -> Result<()> {
 
 #[test]
 fn broken_receive_ring_stops_its_port_only() -> Result<()> {
-    case::shared("broken_receive_ring_stops_its_port_only", &[], |lab| {
+    case::exclusive("broken_receive_ring_stops_its_port_only", &[], |lab| {
         let mut scene = Scene::new(lab)?;
         for (what, addr, flags) in [("are not guest memory", 1u64 << 40, WRITE), ("wrong direction", 0, 0)] {
             let mut evil = scene.evil(split())?;
@@ -176,7 +176,7 @@ fn flood(scene: &Scene<'_>) -> Result<()> {
 
 #[test]
 fn garbage_in_packed_and_split_rings_never_reaches_other_ports() -> Result<()> {
-    case::shared("garbage_in_packed_and_split_rings_never_reaches_other_ports", &[], |lab| {
+    case::exclusive("garbage_in_packed_and_split_rings_never_reaches_other_ports", &[], |lab| {
         let mut scene = Scene::new(lab)?;
         let mut draw = Draw::new(0x2545_f491_4f6c_dd1d);
         for round in 0..12 {
@@ -210,7 +210,7 @@ fn garbage_in_packed_and_split_rings_never_reaches_other_ports() -> Result<()> {
 
 #[test]
 fn memory_cut_short_under_traffic_stops_its_port_only() -> Result<()> {
-    case::shared("memory_cut_short_under_traffic_stops_its_port_only", &[], |lab| {
+    case::exclusive("memory_cut_short_under_traffic_stops_its_port_only", &[], |lab| {
         let mut scene = Scene::new(lab)?;
         for keep in [0, 4096, 1 << 20] {
             let mut evil = scene.evil(PlayerSpec::new())?;
@@ -236,7 +236,7 @@ fn memory_cut_short_under_traffic_stops_its_port_only() -> Result<()> {
 
 #[test]
 fn doorbell_storm_and_full_ring_harm_nobody_else() -> Result<()> {
-    case::shared("doorbell_storm_and_full_ring_harm_nobody_else", &[], |lab| {
+    case::exclusive("doorbell_storm_and_full_ring_harm_nobody_else", &[], |lab| {
         let mut scene = Scene::new(lab)?;
         let mut evil = scene.evil(PlayerSpec::new())?;
         scene.yardd.wait_for_port("lab", "evil", "up")?;
@@ -279,7 +279,7 @@ fn scene_stranger(scene: &Scene<'_>) -> Result<Player> {
 #[test]
 fn broken_conversation_ends_its_connection_only() -> Result<()> {
     use std::io::Write;
-    case::shared("broken_conversation_ends_its_connection_only", &[], |lab| {
+    case::exclusive("broken_conversation_ends_its_connection_only", &[], |lab| {
         let mut scene = Scene::new(lab)?;
         let messages: [&[u8]; 6] = [
             // Gone in the middle of a header, and of a payload.
@@ -317,7 +317,7 @@ fn broken_conversation_ends_its_connection_only() -> Result<()> {
 
 #[test]
 fn misshapen_frames_are_dropped_and_counted() -> Result<()> {
-    case::shared("misshapen_frames_are_dropped_and_counted", &[], |lab| {
+    case::exclusive("misshapen_frames_are_dropped_and_counted", &[], |lab| {
         let scene = Scene::new(lab)?;
         let mut evil = scene.evil(PlayerSpec { max_frame: 9500, ..PlayerSpec::new() })?;
         let broadcast = |len: usize| {
@@ -355,7 +355,7 @@ fn misshapen_frames_are_dropped_and_counted() -> Result<()> {
 
 #[test]
 fn flood_of_source_addresses_stays_within_the_ports_limit() -> Result<()> {
-    case::shared("flood_of_source_addresses_stays_within_the_ports_limit", &[], |lab| {
+    case::exclusive("flood_of_source_addresses_stays_within_the_ports_limit", &[], |lab| {
         let scene = Scene::new(lab)?;
         scene.yardd.yard(&["port", "set", "lab/evil", "--address-limit", "50"])?;
         let mut evil = scene.evil(PlayerSpec::new())?;
@@ -378,7 +378,7 @@ fn flood_of_source_addresses_stays_within_the_ports_limit() -> Result<()> {
 #[test]
 fn learnt_address_that_was_stolen_comes_back_with_its_owners_next_frame() -> Result<()> {
     let name = "learnt_address_that_was_stolen_comes_back_with_its_owners_next_frame";
-    case::shared(name, &[], |lab| {
+    case::exclusive(name, &[], |lab| {
         let scene = Scene::new(lab)?;
         let mut evil = scene.evil(PlayerSpec::new())?;
         // A witness may lose nothing, and would lose what goes to the thief.
@@ -411,7 +411,7 @@ fn learnt_address_that_was_stolen_comes_back_with_its_owners_next_frame() -> Res
 
 #[test]
 fn configured_address_cannot_be_stolen() -> Result<()> {
-    case::shared("configured_address_cannot_be_stolen", &[], |lab| {
+    case::exclusive("configured_address_cannot_be_stolen", &[], |lab| {
         let port = |name: &str, mac: &str| {
             format!(
                 "[switch.lab.port.{name}]\nvhost-user = {{ path = {:?} }}\nmac = \"{mac}\"\n",
@@ -447,7 +447,7 @@ fn configured_address_cannot_be_stolen() -> Result<()> {
 /// The class of CVE-2022-2132. What becomes of the bytes, and legacy headers of 10: `vswitch/src/fabric/tests/headers.rs`.
 #[test]
 fn header_in_up_to_twelve_descriptors_is_read_or_counted_as_bad() -> Result<()> {
-    case::shared("header_in_up_to_twelve_descriptors_is_read_or_counted_as_bad", &[], |lab| {
+    case::exclusive("header_in_up_to_twelve_descriptors_is_read_or_counted_as_bad", &[], |lab| {
         let scene = Scene::new(lab)?;
         let frame = numbered::frame(EVIL, EVIL.map(|byte| byte ^ 0x10), 1, 1, 100);
         let len = u32::try_from(frame.len())?;

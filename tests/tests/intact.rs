@@ -57,7 +57,7 @@ fn parties(lab: &Lab, red: PlayerSpec, blue: PlayerSpec) -> Result<[Party; 2]> {
 
 #[test]
 fn every_form_of_ring_carries_every_size() -> Result<()> {
-    case::shared("every_form_of_ring_carries_every_size", &[], |lab| {
+    case::exclusive("every_form_of_ring_carries_every_size", &[], |lab| {
         let yardd = start(lab, 1, "server")?;
         // Each form meets another one: sender and receiver need not agree.
         for (red, blue) in forms().zip(forms().skip(11).chain(forms())) {
@@ -75,7 +75,7 @@ fn every_form_of_ring_carries_every_size() -> Result<()> {
 
 #[test]
 fn flows_spread_over_queues_and_keep_their_order() -> Result<()> {
-    case::shared("flows_spread_over_queues_and_keep_their_order", &[], |lab| {
+    case::exclusive("flows_spread_over_queues_and_keep_their_order", &[], |lab| {
         let yardd = start(lab, 4, "server")?;
         for packed in [false, true] {
             let spec = PlayerSpec { queues: 4, packed, max_frame: 9014, ..PlayerSpec::new() };
@@ -95,7 +95,7 @@ fn flows_spread_over_queues_and_keep_their_order() -> Result<()> {
 
 #[test]
 fn switch_connects_to_a_guest_that_listens_and_connects_again() -> Result<()> {
-    case::shared("switch_connects_to_a_guest_that_listens_and_connects_again", &[], |lab| {
+    case::exclusive("switch_connects_to_a_guest_that_listens_and_connects_again", &[], |lab| {
         let yardd = start(lab, 1, "client")?;
         let listen = |path: &Path| Player::listen(path, PlayerSpec::new());
         for _ in 0..3 {

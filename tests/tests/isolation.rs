@@ -130,7 +130,7 @@ impl Audit {
 
 #[test]
 fn nobody_sees_frames_of_other_vlans_and_switches() -> Result<()> {
-    case::shared("nobody_sees_frames_of_other_vlans_and_switches", &[], |lab| {
+    case::exclusive("nobody_sees_frames_of_other_vlans_and_switches", &[], |lab| {
         let mut config = String::new();
         for switch in ["one", "two"] {
             config.push_str(&format!("[switch.{switch}]\ntype = \"private\"\n"));
@@ -182,7 +182,7 @@ fn nobody_sees_frames_of_other_vlans_and_switches() -> Result<()> {
 
 #[test]
 fn port_moved_to_another_vlan_sees_the_new_one_only() -> Result<()> {
-    case::shared("port_moved_to_another_vlan_sees_the_new_one_only", &[], |lab| {
+    case::exclusive("port_moved_to_another_vlan_sees_the_new_one_only", &[], |lab| {
         let mut config = "[switch.lab]\ntype = \"private\"\n".to_owned();
         for (name, vlan) in [("ten", 10), ("twenty", 20), ("mover", 10)] {
             let path = lab.path(name);

@@ -212,7 +212,7 @@ fn whole_life(lab: &Lab, echo: Player) -> Result<()> {
 
 #[test]
 fn thousand_clients_killed_at_any_step_leave_nothing_behind() -> Result<()> {
-    case::shared("thousand_clients_killed_at_any_step_leave_nothing_behind", &[], |lab| {
+    case::exclusive("thousand_clients_killed_at_any_step_leave_nothing_behind", &[], |lab| {
         let config = private_switch(lab, &["left", "right", "echo", "mortal"], 1);
         let mut yardd = Yardd::start(lab, &programs()?, &[1], &config)?;
         let party = |name: &str, number| Party::connect(&lab.path(name), number, PlayerSpec::new());

@@ -82,14 +82,14 @@ fn orders_lose_no_frame(lab: &Lab, spec: PlayerSpec) -> Result<()> {
 
 #[test]
 fn orders_in_any_order_lose_no_frame_of_split_rings() -> Result<()> {
-    case::shared("orders_in_any_order_lose_no_frame_of_split_rings", &[], |lab| {
+    case::exclusive("orders_in_any_order_lose_no_frame_of_split_rings", &[], |lab| {
         orders_lose_no_frame(lab, PlayerSpec { queues: 2, event_idx: false, ..PlayerSpec::new() })
     })
 }
 
 #[test]
 fn orders_in_any_order_lose_no_frame_of_packed_rings() -> Result<()> {
-    case::shared("orders_in_any_order_lose_no_frame_of_packed_rings", &[], |lab| {
+    case::exclusive("orders_in_any_order_lose_no_frame_of_packed_rings", &[], |lab| {
         orders_lose_no_frame(lab, PlayerSpec { queues: 2, packed: true, ..PlayerSpec::new() })
     })
 }
@@ -102,7 +102,7 @@ fn held(process: u32) -> Result<[usize; 2]> {
 
 #[test]
 fn guests_that_vanish_under_load_leave_nothing_behind() -> Result<()> {
-    case::shared("guests_that_vanish_under_load_leave_nothing_behind", &[], |lab| {
+    case::exclusive("guests_that_vanish_under_load_leave_nothing_behind", &[], |lab| {
         let (mut yardd, mut witness) = start(lab, PlayerSpec::new())?;
         let mut draw = Draw::new(0x0bad_cafe);
         let mut before = [0; 2];
@@ -134,7 +134,7 @@ fn guests_that_vanish_under_load_leave_nothing_behind() -> Result<()> {
 
 #[test]
 fn daemon_without_descriptors_keeps_frames_flowing_and_recovers() -> Result<()> {
-    case::shared("daemon_without_descriptors_keeps_frames_flowing_and_recovers", &[], |lab| {
+    case::exclusive("daemon_without_descriptors_keeps_frames_flowing_and_recovers", &[], |lab| {
         let (mut yardd, mut witness) = start(lab, PlayerSpec::new())?;
         let process = yardd.process().id();
         let limits =

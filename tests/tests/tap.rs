@@ -49,7 +49,7 @@ fn all_answered(from: &dyn Station, address: &str, what: Ping) -> Result<()> {
 
 #[test]
 fn namespaces_talk_over_tap() -> Result<()> {
-    case::shared("namespaces_talk_over_tap", NEEDS, |lab| {
+    case::exclusive("namespaces_talk_over_tap", NEEDS, |lab| {
         let (red, blue) = (device("r"), device("b"));
         let port = |name: &str, device: &str, more: &str| {
             format!("[switch.lab.port.{name}]\ntap = {{ name = {device:?}, queues = 2 }}\nmtu = 9000\n{more}")
@@ -95,7 +95,7 @@ fn namespaces_talk_over_tap() -> Result<()> {
 
 #[test]
 fn deleted_device_stops_its_port_only_and_restart_makes_it_anew() -> Result<()> {
-    case::shared("deleted_device_stops_its_port_only_and_restart_makes_it_anew", NEEDS, |lab| {
+    case::exclusive("deleted_device_stops_its_port_only_and_restart_makes_it_anew", NEEDS, |lab| {
         let gone = device("g");
         let config = format!(
             "{}[switch.lab.port.gone]\ntap = {{ name = {gone:?} }}\n",
@@ -130,7 +130,7 @@ fn deleted_device_stops_its_port_only_and_restart_makes_it_anew() -> Result<()> 
 
 #[test]
 fn external_switch_reaches_the_network_beyond_with_tags_kept() -> Result<()> {
-    case::shared("external_switch_reaches_the_network_beyond_with_tags_kept", NEEDS, |lab| {
+    case::exclusive("external_switch_reaches_the_network_beyond_with_tags_kept", NEEDS, |lab| {
         let outside = Netns::new(lab, "outside")?.without_ipv6()?;
         let (near, far) = veth_pair()?;
         outside.take(&far)?;

@@ -15,7 +15,7 @@ pub struct Options {
     filter: Option<String>,
 }
 
-/// Formatting and lints, then unit and property tests, then whole-system tests, one at a time: they share two processors.
+/// Formatting and lints, then unit and property tests, then whole-system tests, each of which waits for the processors it needs.
 pub fn run(options: &Options) -> Result<()> {
     let filter = options.filter.as_deref();
     if !options.quick {
@@ -31,6 +31,5 @@ pub fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     cargo(&["build", "--package", "host", "--package", "hypervisor", "--bins"])?;
-    let whole = ["test", "--package", "switchyard-tests", "--"];
-    cargo(&[&whole[..], &["--test-threads=1"], &filter.into_iter().collect::<Vec<_>>()].concat())
+    cargo(&[&["test", "--package", "switchyard-tests"], &filter.into_iter().collect::<Vec<_>>()[..]].concat())
 }

@@ -59,10 +59,10 @@ impl HostSpec {
         }
     }
 
-    /// The same on one processor of this machine: where the emulated ones take turns, the software CPU seldom loses a guest.
+    /// The same on the lab's own processor: where the emulated ones take turns, the software CPU seldom loses a guest.
     #[must_use]
-    pub fn steady(self) -> Self {
-        Self { pin: vec![0], ..self }
+    pub fn steady(self, lab: &Lab) -> Self {
+        Self { pin: lab.processor().into_iter().collect(), ..self }
     }
 
     /// The same with a processor that is whole enough for the model `epyc`, and has `more` features. A software CPU that says

@@ -61,9 +61,9 @@ fn nested_on(
     other: impl Fn(HostSpec) -> HostSpec,
     test: impl Fn(&Lab, &Host) -> Result<()>,
 ) -> Result<()> {
-    case::shared(name, &[], |lab| {
+    case::on_one_processor(name, |lab| {
         for attempt in 1..=ATTEMPTS {
-            let usual = HostSpec::new(&programs()?).steady();
+            let usual = HostSpec::new(&programs()?).steady(lab);
             let spec = HostSpec { name: format!("host{attempt}"), ..other(usual) };
             let host = Host::boot(lab, &spec, BOOT)?;
             println!("nested host: {:.1} s", host.boot_time().as_secs_f64());

@@ -1,10 +1,9 @@
 //! Programs that die under load: what dies is reported and comes back, what does not is unharmed.
 
-#![forbid(unsafe_code)]
-
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use switchyard_tests::kernel::Flavour;
 use switchyard_tests::lab::wait_for;
 use switchyard_tests::nested::scene::BOOT;
 use switchyard_tests::nested::stream::BEYOND_BUFFERS;
@@ -19,7 +18,8 @@ const CONFIG: &str = "[switch.lab]\ntype = \"private\"\n[switch.other]\ntype = \
 fn vm(name: &str, number: u8, queues: u16) -> VmSpec {
     let nic = VmNic::new("eth0", "lab", &format!("02:00:00:00:03:{number:02x}"));
     let vm = VmSpec::new(name).with(VmNic { queues, ..nic }.at(&format!("10.3.0.{number}/24")));
-    VmSpec { settings: "restart = \"on-crash\"".to_owned(), vcpus: u32::from(queues), ..vm }
+    let settings = "restart = \"on-crash\"".to_owned();
+    VmSpec { settings, vcpus: u32::from(queues), flavour: Flavour::Cloud, ..vm }
 }
 
 fn address(number: u8) -> String {

@@ -1,7 +1,5 @@
 //! The emulated adapter under DPDK's own driver for it (`net_e1000_em`), in a Debian guest.
 
-#![forbid(unsafe_code)]
-
 use std::time::Duration;
 
 use anyhow::{Result, ensure};

@@ -1,7 +1,5 @@
 //! The synthetic adapter of an unmodified Debian guest under our hypervisor: `hv_netvsc` with everything it can do.
 
-#![forbid(unsafe_code)]
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 

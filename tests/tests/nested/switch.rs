@@ -1,10 +1,9 @@
 //! Guests on private switches, in VLANs and private VLANs: what must be seen is seen, and nothing else.
 
-#![forbid(unsafe_code)]
-
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use switchyard_tests::kernel::Flavour;
 use switchyard_tests::lab::wait_for;
 use switchyard_tests::nested::scene::BOOT;
 use switchyard_tests::nested::{Guest, Namespace, VmNic, VmSpec, scene};
@@ -100,7 +99,8 @@ fn config() -> String {
     NETWORKS.iter().for_each(|network| config.push_str(&network.ports()));
     config.push_str("[switch.elsewhere.port.spy]\ntap = { name = \"spy\" }\n");
     for (name, end) in [("a", 1), ("b", 2)] {
-        let vm = NETWORKS.iter().fold(VmSpec::new(name), |vm: VmSpec, network| vm.with(network.nic(end)));
+        let vm = VmSpec { flavour: Flavour::Cloud, ..VmSpec::new(name) };
+        let vm = NETWORKS.iter().fold(vm, |vm, network| vm.with(network.nic(end)));
         config.push_str(&vm.config());
     }
     config
