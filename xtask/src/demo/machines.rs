@@ -14,7 +14,7 @@ use switchyard_tests::station::Station;
 use switchyard_tests::transfer::transfer;
 
 use super::Scene;
-use super::venue::{Guest, Venue};
+use super::venue::{Files, Guest, Venue};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Of an iperf3 run.
@@ -47,7 +47,7 @@ pub fn run(scene: &Scene) -> Result<()> {
     shown.with_context(|| format!("{}\n{}", stage.venue.state("red"), stage.venue.state("blue")))
 }
 
-fn config(kernel: &str, initrd: &str) -> String {
+fn config(red_boots: &Files, blue_boots: &Files) -> String {
     let line = |addresses: &[(&str, &str)]| {
         let addresses: Vec<_> =
             addresses.iter().map(|(mac, at)| Address::new(mac, &format!("{at}/24"))).collect();
@@ -63,8 +63,8 @@ type = "private"
 type = "private"
 [vm.red]
 memory = "256M"
-kernel = {kernel:?}
-initrd = {initrd:?}
+kernel = {:?}
+initrd = {:?}
 cmdline = {red:?}
 [[vm.red.nic]]
 name = "eth0"
@@ -77,14 +77,18 @@ type = "legacy"
 mac = "{red1}"
 [vm.blue]
 memory = "256M"
-kernel = {kernel:?}
-initrd = {initrd:?}
+kernel = {:?}
+initrd = {:?}
 cmdline = {blue:?}
 [[vm.blue.nic]]
 name = "eth0"
 switch = "lab"
 mac = "{blue0}"
 "#,
+        red_boots.kernel,
+        red_boots.initrd,
+        blue_boots.kernel,
+        blue_boots.initrd,
         red0 = RED[0],
         red1 = RED[1],
         blue0 = BLUE[0],
@@ -214,7 +218,7 @@ mod tests {
 
     #[test]
     fn one_guest_has_both_kinds_of_card() {
-        let config = config("/k", "/i");
+        let config = config(&Files::new("/k", "/i"), &Files::new("/k", "/i"));
         assert_eq!(config.matches("type = \"legacy\"").count(), 1);
         assert!(
             config.contains("nic=02:00:00:00:00:01,10.10.0.1/24 nic=02:00:00:00:01:01,10.10.1.1/24"),

@@ -21,8 +21,8 @@ use super::Scene;
 /// For a guest or the nested host to boot.
 const BOOT: Duration = Duration::from_secs(180);
 const SHORT: Duration = Duration::from_secs(30);
-/// The full kernel has every driver.
-const FLAVOUR: Flavour = Flavour::Full;
+/// Of two guests: the first has an emulated card, for which only the full kernel has a driver; the other boots in half the time.
+const FLAVOURS: [Flavour; 2] = [Flavour::Full, Flavour::Cloud];
 /// For the nested host's own files, and for two guests.
 const HOST_MEMORY_MB: u32 = 2048;
 /// The nested host's processor that switches frames: it has one.
@@ -30,6 +30,21 @@ const SWITCH_CPU: usize = 0;
 /// Where the daemon of the nested host listens, and keeps its VMs' logs.
 const NESTED_SOCKET: &str = "/run/yard/yardd.sock";
 const NESTED_CAPTURE: &str = "/tmp/capture.pcapng";
+
+/// What a guest boots.
+#[derive(Debug, Clone)]
+pub struct Files {
+    /// Its kernel.
+    pub kernel: PathBuf,
+    /// Its root file system.
+    pub initrd: PathBuf,
+}
+
+impl Files {
+    pub(super) fn new(kernel: impl Into<PathBuf>, initrd: impl Into<PathBuf>) -> Self {
+        Self { kernel: kernel.into(), initrd: initrd.into() }
+    }
+}
 
 /// Our daemon, and its VMs. Dropping it ends them all.
 #[derive(Debug)]
@@ -55,7 +70,7 @@ pub struct Here {
 }
 
 /// Whether a guest may run on this machine's KVM: only a processor with VT-x or AMD-V of its own can run a kernel.
-fn has_virtualization() -> bool {
+pub fn has_virtualization() -> bool {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let able = flags.split_whitespace().any(|flag| matches!(flag, "vmx" | "svm"));
@@ -63,9 +78,8 @@ fn has_virtualization() -> bool {
 }
 
 impl Venue {
-    /// Makes the guests' files, starts the daemon where it can run VMs; `config` gets the paths of kernel and root file
-    /// system.
-    pub fn open(scene: &Scene, config: impl Fn(&str, &str) -> String) -> Result<Self> {
+    /// Makes the guests' files, starts the daemon where it can run VMs; `config` gets the files of two guests.
+    pub fn open(scene: &Scene, config: impl Fn(&Files, &Files) -> String) -> Result<Self> {
         let lab = Lab::shared()?;
         if has_virtualization() {
             scene.say("the processor has virtualization: the guests run on this machine's KVM");
@@ -77,27 +91,27 @@ impl Venue {
         let host = HostSpec { memory_mb: HOST_MEMORY_MB, cpus: 1, ..HostSpec::new(&scene.programs) };
         let host = Host::boot(&lab, &host, BOOT)?;
         scene.say(format_args!("the nested host is up after {:.1} s", host.boot_time().as_secs_f64()));
-        let config = config(guest_kernel(FLAVOUR), guest_initrd(FLAVOUR));
-        let yardd = nested::Yardd::start(&host, &[SWITCH_CPU], &config)?;
+        let files = FLAVOURS.map(|flavour| Files::new(guest_kernel(flavour), guest_initrd(flavour)));
+        let yardd = nested::Yardd::start(&host, &[SWITCH_CPU], &config(&files[0], &files[1]))?;
         Ok(Self::Nested { yardd, host, _lab: lab })
     }
 
-    fn here(scene: &Scene, lab: Lab, config: impl Fn(&str, &str) -> String) -> Result<Self> {
-        let [kernel, initrd] = match &scene.guest {
-            Some(files) => files.clone(),
+    fn here(scene: &Scene, lab: Lab, config: impl Fn(&Files, &Files) -> String) -> Result<Self> {
+        let files = |flavour| match &scene.guest {
+            Some([kernel, initrd]) => Ok::<_, anyhow::Error>(Files::new(kernel, initrd)),
             None => {
-                let boot = guest(&scene.programs.join("nested"), FLAVOUR)?;
-                [boot.kernel, boot.initrd]
+                let boot = guest(&scene.programs.join("nested"), flavour)?;
+                Ok(Files::new(boot.kernel, boot.initrd))
             }
         };
-        let path = |path: PathBuf| path.to_str().map(str::to_owned).context("a path is not UTF-8");
+        let [red, blue] = [files(FLAVOURS[0])?, files(FLAVOURS[1])?];
         // Workers outlive their daemon. Where it was ended by Ctrl-C, they end here.
         janitor::at_exit(&format!(
             "grep -ho '\"pid\": *[0-9]*' {}/vm/*/setup.json | grep -o '[0-9]*$' | xargs -r kill -9",
             lab.dir().display()
         ))?;
         let cpu = setup::processors().saturating_sub(1);
-        let yardd = Yardd::start(&lab, &scene.programs, &[cpu], &config(&path(kernel)?, &path(initrd)?))?;
+        let yardd = Yardd::start(&lab, &scene.programs, &[cpu], &config(&red, &blue))?;
         Ok(Self::Here(Box::new(Here { yardd, lab })))
     }
 
