@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use host::api::{Backend, Limits};
 use host::config::{nic_change_request, nic_request, vm_request};
 use host::vm::spec::{LinkState, VmChange, VmSpec};
-use host::vm::{Cgroups, Manager, Pages, Settings, VmReport, VmState};
+use host::vm::{Cgroups, Manager, PagePolicy, Settings, VmReport, VmState};
 use hypervisor::control::Command;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use rustix::termios::{LocalModes, tcgetattr};
@@ -516,16 +516,18 @@ fn restarted_port_of_a_legacy_adapter_is_connected_again() {
 }
 
 #[test]
-fn host_that_gives_small_pages_is_warned_of_once_there_are_vms() {
+fn host_that_gives_small_pages_is_warned_of_if_a_vm_asks_for_huge_ones() {
     let dir = TempDir::new().unwrap();
     let policy = dir.path().join("shmem_enabled");
     std::fs::write(&policy, "always advise [never]\n").unwrap();
     let vms = Manager::new(Settings {
-        pages: Pages::told_by(&policy),
+        pages: PagePolicy::told_by(&policy),
         ..settings(dir.path(), Arc::new(FakeNetwork::default()))
     });
-    assert!(vms.warnings().is_empty());
-    vms.define(spec("web", json!({}))).unwrap();
+    vms.define(spec("dynamic", json!({}))).unwrap();
+    vms.define(spec("pool", json!({ "memory": { "startup": "64M", "huge": true } }))).unwrap();
+    assert!(vms.warnings().is_empty(), "neither asks: {:?}", vms.warnings());
+    vms.define(spec("web", json!({ "memory": "64M" }))).unwrap();
     assert!(matches!(&vms.warnings()[..], [told] if told.contains("small pages")), "{:?}", vms.warnings());
     std::fs::write(&policy, "always [advise] never\n").unwrap();
     assert!(vms.warnings().is_empty());

@@ -75,6 +75,14 @@ pub struct Memory {
     pub huge: bool,
 }
 
+impl Memory {
+    /// Whether the kernel is asked for huge pages as memory is touched. Not with pages from the pool; and not with dynamic
+    /// memory, which is given back in smaller pieces.
+    pub fn asks_for_huge_pages(&self) -> bool {
+        !self.huge && self.minimum == self.maximum
+    }
+}
+
 /// A processor that many hosts can present, so that a VM can move between unlike ones: a level of the x86-64 psABI, or a
 /// model with its maker, family and features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 //!
 //! Guest-physical layout: memory from 0 up to [`HOLE`], and what is left from [`HIGH`] on. The file has the guest's *maximum*;
 //! the first bytes of it, as many as the guest starts with, are announced at boot, and the rest is there to be hot-added. Pages
-//! that nobody touched cost nothing. Huge pages are asked for: each small one costs an exit when it is touched first.
+//! that nobody touched cost nothing. Unless memory is dynamic, huge ones are asked for: each costs an exit when it is touched first.
 
 // UNSAFETY: none here; host addresses are handed out as integers, and `kvm` registers them.
 #![forbid(unsafe_code)]
@@ -103,7 +103,6 @@ impl Memory {
         let failed = |what| move |source| MemoryError::File { what, source };
         rustix::fs::fcntl_add_seals(&fd, seals).map_err(failed("seal"))?;
 
-        mapping.prefer_huge_pages();
         let mapping = Arc::new(mapping);
         let ranges = ranges(maximum);
         let regions = ranges
@@ -111,6 +110,10 @@ impl Memory {
             .map(|&(guest, len, offset)| Region::new(guest, guest, len, Arc::clone(&mapping), offset));
         let guest = Arc::new(GuestMemory::new(regions.collect::<Result<_, _>>()?, None)?);
         let processors = for_processors(&fd, &ranges)?;
+        if sizes.asks_for_huge_pages() {
+            mapping.prefer_huge_pages();
+            processors.iter().for_each(|region| prefer_huge_pages(region.as_ptr(), region.size()));
+        }
         Ok(Self { fd, guest, processors, startup, maximum, whole: huge })
     }
 
@@ -212,11 +215,7 @@ fn for_processors(fd: &OwnedFd, ranges: &[(u64, u64, u64)]) -> Result<GuestMemor
         let file = File::from(fd.try_clone().map_err(|error| refused(&error))?);
         parts.push((GuestAddress(guest), len, Some(FileOffset::new(file, offset))));
     }
-    let memory = GuestMemoryMmap::from_ranges_with_files(parts).map_err(|error| refused(&error))?;
-    for region in memory.iter() {
-        prefer_huge_pages(region.as_ptr(), region.size());
-    }
-    Ok(memory)
+    GuestMemoryMmap::from_ranges_with_files(parts).map_err(|error| refused(&error))
 }
 
 #[cfg(test)]
@@ -289,24 +288,30 @@ mod tests {
         }
     }
 
+    /// Whether the kernel was asked for huge pages, for each mapping of the memfd `name`.
+    fn asked(name: &str) -> Vec<bool> {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut ours, mut asked) = (false, Vec::new());
+        for line in maps.lines() {
+            match line.split_once(':') {
+                Some(("VmFlags", flags)) if ours => asked.push(flags.contains(" hg")),
+                Some((key, _)) if !key.contains('-') => {}
+                // A mapping's first line has a range of addresses, and colons in its device.
+                _ => ours = line.contains(&format!("/memfd:{name} ")),
+            }
+        }
+        asked
+    }
+
     #[test]
-    fn both_mappings_ask_for_huge_pages() {
+    fn both_mappings_ask_for_huge_pages_unless_memory_is_dynamic() {
         if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
             eprintln!("skipped: no transparent huge pages here");
             return;
         }
-        let _memory = Memory::new("asks-for-huge", sizes(4 * MIB, 4 * MIB, 4 * MIB)).unwrap();
-        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let (mut ours, mut flags) = (false, Vec::new());
-        for line in maps.lines() {
-            match line.split_once(':') {
-                Some(("VmFlags", found)) if ours => flags.push(found),
-                Some((key, _)) if !key.contains('-') => {}
-                // A mapping's first line has a range of addresses, and colons in its device.
-                _ => ours = line.contains("/memfd:asks-for-huge"),
-            }
-        }
-        assert!(flags.len() == 2 && flags.iter().all(|flags| flags.contains(" hg")), "{flags:?}");
+        let _fixed = Memory::new("fixed", sizes(4 * MIB, 4 * MIB, 4 * MIB)).unwrap();
+        let _dynamic = Memory::new("dynamic", sizes(2 * MIB, 4 * MIB, 4 * MIB)).unwrap();
+        assert_eq!((asked("fixed"), asked("dynamic")), (vec![true; 2], vec![false; 2]));
     }
 
     #[test]

@@ -27,12 +27,13 @@ fn run(
     lab: impl FnOnce() -> Result<Lab>,
     test: impl FnOnce(&Lab) -> Result<()>,
 ) -> Result<()> {
+    // What others hold is back then.
+    let lab = lab()?;
     if let Some(reason) = lacks(needs) {
         // Past the test harness, which shows what is printed only for failed tests.
         let _ = writeln!(std::io::stderr(), "{name}: skipped: {reason}");
         return Ok(());
     }
-    let lab = lab()?;
     test(&lab).map_err(|error| {
         let logs = logs(&lab);
         let kept = std::env::var_os("SWITCHYARD_KEEP").and_then(|_| lab.keep().ok());

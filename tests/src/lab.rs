@@ -34,24 +34,20 @@ impl Lab {
     /// A lab that waits until no other is left on this machine but shared ones, in any process: two polling
     /// switches on two processors would only measure each other.
     pub fn exclusive() -> Result<Self> {
-        let machine = lock_file("")?;
+        let machine = lock_file(&std::env::temp_dir(), "")?;
         machine.lock().context("cannot wait for the machine")?;
         Self::create(None, vec![machine])
     }
 
-    /// A lab that waits until a processor is left, and shares the machine with others of its kind.
+    /// A lab that waits until a processor is left, and shares the machine with others of its kind. They come before
+    /// exclusive ones, which wait for the last of them.
     pub fn on_one_processor() -> Result<Self> {
-        let machine = lock_file("")?;
+        let folder = std::env::temp_dir();
+        let machine = lock_file(&folder, "")?;
         machine.lock_shared().context("cannot wait for the machine")?;
-        let allowed = sched_getaffinity(None)?;
         loop {
-            for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)) {
-                let processor = lock_file(&format!("-{cpu}"))?;
-                match processor.try_lock() {
-                    Ok(()) => return Self::create(Some(cpu), vec![machine, processor]),
-                    Err(TryLockError::WouldBlock) => {}
-                    Err(TryLockError::Error(error)) => return Err(error).context("cannot take a processor"),
-                }
+            if let Some((cpu, processor)) = free_processor(&folder)? {
+                return Self::create(Some(cpu), vec![machine, processor]);
             }
             std::thread::sleep(PATIENCE);
         }
@@ -86,9 +82,26 @@ impl Lab {
     }
 }
 
-fn lock_file(of: &str) -> Result<File> {
-    let path = std::env::temp_dir().join(format!("switchyard-lab{of}.lock"));
-    File::create(&path).with_context(|| format!("cannot open {}", path.display()))
+/// A processor that this program may use and nobody has, and the lock by which it is ours.
+fn free_processor(folder: &Path) -> Result<Option<(usize, File)>> {
+    let allowed = sched_getaffinity(None)?;
+    for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)) {
+        let processor = lock_file(folder, &format!("-{cpu}"))?;
+        match processor.try_lock() {
+            Ok(()) => return Ok(Some((cpu, processor))),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => return Err(error).context("cannot take a processor"),
+        }
+    }
+    Ok(None)
+}
+
+/// The file that is locked for the machine, or for a processor of it. Another user may have made it.
+fn lock_file(folder: &Path, of: &str) -> Result<File> {
+    let path = folder.join(format!("switchyard-lab{of}.lock"));
+    File::open(&path)
+        .or_else(|_| File::create(&path))
+        .with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// A number that no other caller in this program gets, for names.
@@ -106,4 +119,35 @@ pub fn wait_for(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<b
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_shares_a_processor_and_one_given_back_is_taken_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut taken = Vec::new();
+        while let Some((cpu, lock)) = free_processor(folder.path()).unwrap() {
+            assert!(taken.iter().all(|(other, _)| *other != cpu), "processor {cpu} twice");
+            taken.push((cpu, lock));
+        }
+        assert_eq!(taken.len(), crate::setup::processors());
+        let (cpu, lock) = taken.remove(0);
+        drop(lock);
+        assert_eq!(free_processor(folder.path()).unwrap().map(|(cpu, _)| cpu), Some(cpu));
+    }
+
+    #[test]
+    fn machine_is_nobodys_alone_while_a_processor_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let [shared, other, exclusive] = [(); 3].map(|()| lock_file(folder.path(), "").unwrap());
+        shared.lock_shared().unwrap();
+        assert!(other.try_lock_shared().is_ok());
+        drop(other);
+        assert!(matches!(exclusive.try_lock(), Err(TryLockError::WouldBlock)));
+        drop(shared);
+        assert!(exclusive.try_lock().is_ok());
+    }
 }

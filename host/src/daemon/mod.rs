@@ -23,7 +23,9 @@ use crate::api::{Api, Limits, Listener, serve};
 use crate::cli::{colour, offline_table};
 use crate::config::{Config, Machine, load};
 use crate::vm::spec::VmSpec;
-use crate::vm::{Cgroups, Launcher, Manager, Pages, Parking, Patience, Reserves, Settings, Users, Wiring};
+use crate::vm::{
+    Cgroups, Launcher, Manager, PagePolicy, Parking, Patience, Reserves, Settings, Users, Wiring,
+};
 
 /// Runs `yardd` with the words of its command line; returns the exit status.
 pub fn main(words: impl IntoIterator<Item = OsString>) -> u8 {
@@ -164,7 +166,7 @@ fn machines(config: &Config, worker: Option<PathBuf>, fabric: &Arc<Fabric>) -> M
         launcher,
         network: Arc::new(Wiring::new(Arc::clone(fabric))),
         cgroups: Cgroups::of_this_host(),
-        pages: Pages::of_this_host(),
+        pages: PagePolicy::of_this_host(),
         cpus: Machine::this().cpus,
         parking: Parking::default(),
         patience: Patience::default(),

@@ -219,13 +219,14 @@ impl Manager {
 
     /// What the host does not do for any VM, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
-        if self.lock().is_empty() {
-            return Vec::new();
-        }
-        let shared = self.settings.cgroups.no_cpuset();
-        let shared = shared
+        let machines = self.lock();
+        let polling = self.settings.cgroups.no_cpuset().filter(|_| !machines.is_empty());
+        let polling = polling
             .map(|reason| format!("VMs are not kept off the processors on which the switch polls: {reason}"));
-        shared.into_iter().chain(self.settings.pages.small()).collect()
+        // Dynamic memory is in small pages anyway, and what is set aside follows no policy.
+        let asks = machines.values().any(|machine| machine.spec.memory.asks_for_huge_pages());
+        let small = self.settings.pages.why_small().filter(|_| asks);
+        polling.into_iter().chain(small).collect()
     }
 
     /// How a VM is.

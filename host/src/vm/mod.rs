@@ -49,7 +49,7 @@ pub use error::VmError;
 pub use manager::Manager;
 pub use network::{Channels, Network, Nics, OnEnd};
 pub use nics::MAX_NICS;
-pub use pages::Pages;
+pub use pages::PagePolicy;
 pub use parking::Parking;
 pub use process::Launcher;
 pub use report::{
@@ -72,7 +72,7 @@ pub struct Settings {
     /// The host's control groups.
     pub cgroups: Cgroups,
     /// What the host's memory comes in.
-    pub pages: Pages,
+    pub pages: PagePolicy,
     /// Processors of the host.
     pub cpus: Vec<usize>,
     /// Which of them VMs leave to the switch.

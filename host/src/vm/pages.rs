@@ -1,4 +1,4 @@
-//! Whether the host gives VMs huge pages of its own accord, which workers ask for.
+//! Whether the host gives VMs the huge pages that workers ask for.
 
 use std::path::PathBuf;
 
@@ -7,28 +7,28 @@ const POLICY: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// Where the host's policy is read: its words, the chosen one in brackets.
 #[derive(Debug)]
-pub struct Pages(PathBuf);
+pub struct PagePolicy(PathBuf);
 
-impl Pages {
-    /// This host's policy.
+impl PagePolicy {
+    /// Of this host.
     pub fn of_this_host() -> Self {
         Self::told_by(POLICY)
     }
 
-    /// The policy in a file; one that is not there has nothing to say.
+    /// As a file tells; one that is not there has nothing to say.
     pub fn told_by(file: impl Into<PathBuf>) -> Self {
         Self(file.into())
     }
 
-    /// Why VMs' memory is in small pages, in words for the operator. `None` if it is not, or if the kernel has no others.
-    pub fn small(&self) -> Option<String> {
+    /// Why VMs get small pages, in words for the operator. `None` if they do not, or if the kernel has no others.
+    pub fn why_small(&self) -> Option<String> {
         let policy = std::fs::read_to_string(&self.0).ok()?;
         let chosen = policy.split(['[', ']']).nth(1)?;
         let file = self.0.display();
         matches!(chosen, "never" | "deny").then(|| {
             format!(
-                "VMs' memory is in small pages, which makes them slow: {file} is `{chosen}`; with `echo advise > {file}` VMs \
-                 get huge ones from their next start"
+                "VMs start in small pages, each of which costs an exit when it is touched first: {file} is `{chosen}`, \
+                 expected `advise`"
             )
         })
     }
@@ -41,14 +41,14 @@ mod tests {
     fn told(policy: &str) -> Option<String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, policy).unwrap();
-        Pages::told_by(file.path()).small()
+        PagePolicy::told_by(file.path()).why_small()
     }
 
     #[test]
     fn operator_is_told_of_small_pages_and_what_to_do() {
         for chosen in ["never", "deny"] {
             let told = told(&format!("always within_size advise [{chosen}] force\n")).unwrap();
-            assert!(told.contains(&format!("is `{chosen}`")) && told.contains("echo advise"), "{told}");
+            assert!(told.contains(&format!("is `{chosen}`")) && told.contains("`advise`"), "{told}");
         }
     }
 
@@ -56,6 +56,6 @@ mod tests {
     fn host_that_gives_huge_pages_where_asked_or_has_none_is_left_in_peace() {
         assert_eq!(told("always within_size [advise] never deny force\n"), None);
         assert_eq!(told(""), None);
-        assert_eq!(Pages::told_by("/nowhere").small(), None);
+        assert_eq!(PagePolicy::told_by("/nowhere").why_small(), None);
     }
 }

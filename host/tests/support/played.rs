@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use host::vm::spec::NicSpec;
 use host::vm::{
-    Cgroups, Channels, Launcher, Manager, Network, Nics, OnEnd, Pages, Parking, Patience, Reserves, Settings,
-    Users,
+    Cgroups, Channels, Launcher, Manager, Network, Nics, OnEnd, PagePolicy, Parking, Patience, Reserves,
+    Settings, Users,
 };
 use hypervisor::control::{
     Answer, Command, Event, GuestStatus, Handle, Heartbeat, Line, MemoryStatus, NicStatus, Panic, Request,
@@ -413,7 +413,7 @@ pub fn settings(dir: &Path, network: Arc<FakeNetwork>) -> Settings {
         launcher: Launcher { program: program(dir), kvm: "/dev/null".into() },
         network,
         cgroups: Cgroups::none("this is a test"),
-        pages: Pages::told_by("/nonexistent"),
+        pages: PagePolicy::told_by("/nonexistent"),
         cpus: vec![0, 1],
         parking: Parking::default(),
         patience,

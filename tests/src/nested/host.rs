@@ -59,7 +59,7 @@ impl HostSpec {
         }
     }
 
-    /// The same on the lab's own processor: where the emulated ones take turns, the software CPU seldom loses a guest.
+    /// The same on the lab's own processor, if it is on one: where the emulated ones take turns, the software CPU seldom loses a guest.
     #[must_use]
     pub fn steady(self, lab: &Lab) -> Self {
         Self { pin: lab.processor().into_iter().collect(), ..self }

@@ -1,5 +1,5 @@
 //! Our hypervisor and its unmodified guests in the nested host, which runs on any machine. A nested host keeps one processor
-//! busy: as many of these tests run at a time as there are processors.
+//! busy, and takes up to 2 GiB: as many of these tests run at a time as there are processors, or as `--test-threads` says.
 
 #![forbid(unsafe_code)]
 

@@ -200,3 +200,35 @@ impl FixedRing {
         Some(arena.read_u32(descriptor + 8))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cursor_that_advances_at_once_is_where_single_steps_lead() {
+        for size in [1, 5, 8, 32768] {
+            let mut at = Cursor::START;
+            for by in [0, 1, size / 2, size, size - 1, size, 1].into_iter().cycle().take(20) {
+                let mut stepped = at;
+                (0..by).for_each(|_| stepped.step_alone(size));
+                at.advance(by, size);
+                assert_eq!(
+                    (at.slot, at.wrap, at.count),
+                    (stepped.slot, stepped.wrap, stepped.count),
+                    "{by} of {size}"
+                );
+            }
+        }
+    }
+
+    impl Cursor {
+        fn step_alone(&mut self, size: u16) {
+            self.count = self.count.wrapping_add(1);
+            self.slot += 1;
+            if self.slot == size {
+                (self.slot, self.wrap) = (0, !self.wrap);
+            }
+        }
+    }
+}

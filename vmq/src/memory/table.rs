@@ -20,7 +20,7 @@ pub fn table<T>(len: usize, make: impl FnMut() -> T) -> Box<[T]> {
     table.into_boxed_slice()
 }
 
-/// Asks the kernel for huge pages wherever `len` bytes from `start`, the begin of a page, have none yet. It follows that as its
+/// Asks the kernel for huge pages wherever `len` bytes from `start`, the start of a page, have none yet. It follows that as its
 /// policies say: `/sys/kernel/mm/transparent_hugepage/enabled`, and `shmem_enabled` for files in memory.
 pub fn prefer_huge_pages(start: *const u8, len: usize) {
     // SAFETY: the advice changes neither contents of nor access to whatever is mapped there.

@@ -55,18 +55,6 @@ impl Scene {
     }
 }
 
-/// Shows VMs. The software CPU of the nested host loses a guest now and then; what fails twice is no accident.
-fn show_machines(scene: &Scene) -> Result<()> {
-    machines::run(scene).or_else(|error| {
-        if venue::has_virtualization() {
-            return Err(error);
-        }
-        println!("{error:#}\n");
-        scene.say("that failed; the software CPU loses a guest now and then, so it is tried once more");
-        machines::run(scene)
-    })
-}
-
 /// Shows both parts, or the one that was asked for. Where this machine cannot show the switch, the plain demo says why and
 /// goes without.
 pub fn run(options: &Options) -> Result<()> {
@@ -80,10 +68,10 @@ pub fn run(options: &Options) -> Result<()> {
     let guest = options.guest.clone().and_then(|guest| <[PathBuf; 2]>::try_from(guest).ok());
     let scene = Scene { programs, output, guest, start: Instant::now() };
     match options.act {
-        Some(Act::Machines) => show_machines(&scene)?,
+        Some(Act::Machines) => machines::run(&scene)?,
         Some(Act::Switch) => switch::run(&scene)?,
         None => {
-            show_machines(&scene)?;
+            machines::run(&scene)?;
             match switch::lacks() {
                 None => switch::run(&scene)?,
                 Some(reason) => scene.say(format_args!("the switch is not shown here: {reason}")),

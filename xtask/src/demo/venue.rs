@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use switchyard_tests::janitor;
 use switchyard_tests::kernel::Flavour;
 use switchyard_tests::lab::{Lab, wait_for};
-use switchyard_tests::nested::image::{guest, guest_initrd, guest_kernel};
+use switchyard_tests::nested::image::{Boot, guest, guest_initrd, guest_kernel};
 use switchyard_tests::nested::{self, Host, HostSpec};
 use switchyard_tests::orders::Orders;
 use switchyard_tests::process::Process;
@@ -30,21 +30,6 @@ const SWITCH_CPU: usize = 0;
 /// Where the daemon of the nested host listens, and keeps its VMs' logs.
 const NESTED_SOCKET: &str = "/run/yard/yardd.sock";
 const NESTED_CAPTURE: &str = "/tmp/capture.pcapng";
-
-/// What a guest boots.
-#[derive(Debug, Clone)]
-pub struct Files {
-    /// Its kernel.
-    pub kernel: PathBuf,
-    /// Its root file system.
-    pub initrd: PathBuf,
-}
-
-impl Files {
-    pub(super) fn new(kernel: impl Into<PathBuf>, initrd: impl Into<PathBuf>) -> Self {
-        Self { kernel: kernel.into(), initrd: initrd.into() }
-    }
-}
 
 /// Our daemon, and its VMs. Dropping it ends them all.
 #[derive(Debug)]
@@ -79,7 +64,7 @@ pub fn has_virtualization() -> bool {
 
 impl Venue {
     /// Makes the guests' files, starts the daemon where it can run VMs; `config` gets the files of two guests.
-    pub fn open(scene: &Scene, config: impl Fn(&Files, &Files) -> String) -> Result<Self> {
+    pub fn open(scene: &Scene, config: impl Fn(&Boot, &Boot) -> String) -> Result<Self> {
         let lab = Lab::shared()?;
         if has_virtualization() {
             scene.say("the processor has virtualization: the guests run on this machine's KVM");
@@ -91,18 +76,18 @@ impl Venue {
         let host = HostSpec { memory_mb: HOST_MEMORY_MB, cpus: 1, ..HostSpec::new(&scene.programs) };
         let host = Host::boot(&lab, &host, BOOT)?;
         scene.say(format_args!("the nested host is up after {:.1} s", host.boot_time().as_secs_f64()));
-        let files = FLAVOURS.map(|flavour| Files::new(guest_kernel(flavour), guest_initrd(flavour)));
+        let files = FLAVOURS.map(|flavour| Boot {
+            kernel: guest_kernel(flavour).into(),
+            initrd: guest_initrd(flavour).into(),
+        });
         let yardd = nested::Yardd::start(&host, &[SWITCH_CPU], &config(&files[0], &files[1]))?;
         Ok(Self::Nested { yardd, host, _lab: lab })
     }
 
-    fn here(scene: &Scene, lab: Lab, config: impl Fn(&Files, &Files) -> String) -> Result<Self> {
-        let files = |flavour| match &scene.guest {
-            Some([kernel, initrd]) => Ok::<_, anyhow::Error>(Files::new(kernel, initrd)),
-            None => {
-                let boot = guest(&scene.programs.join("nested"), flavour)?;
-                Ok(Files::new(boot.kernel, boot.initrd))
-            }
+    fn here(scene: &Scene, lab: Lab, config: impl Fn(&Boot, &Boot) -> String) -> Result<Self> {
+        let files = |flavour| match scene.guest.clone() {
+            Some([kernel, initrd]) => Ok(Boot { kernel, initrd }),
+            None => guest(&scene.programs.join("nested"), flavour),
         };
         let [red, blue] = [files(FLAVOURS[0])?, files(FLAVOURS[1])?];
         // Workers outlive their daemon. Where it was ended by Ctrl-C, they end here.
