@@ -17,6 +17,10 @@ use super::wire::{Frame, Kind, LONGEST};
 /// How long the nested host may take to begin what it was asked for: its processors are software, and may be busy.
 const START: Duration = Duration::from_secs(30);
 
+/// The nested host is spoken to at least so often. Its processor, idle or waiting for a guest, now and then sleeps on when its timer
+/// goes off (QEMU 7.2): all in it stood still for a minute, until the next order came.
+const WAKE: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 struct Mailbox {
     frames: Sender<Frame>,
@@ -49,6 +53,14 @@ impl Link {
             }
             if let Some(link) = receiving.upgrade() {
                 link.mailboxes().take();
+            }
+        });
+        let waking = Arc::downgrade(&link);
+        // Input for a conversation in which nothing runs: the porter passes it over.
+        let nothing = Frame::new(ready.number, Kind::Input, Vec::new());
+        std::thread::spawn(move || {
+            while waking.upgrade().is_some_and(|link| link.send(&nothing).is_ok()) {
+                std::thread::sleep(WAKE);
             }
         });
         Ok((link, ready))
